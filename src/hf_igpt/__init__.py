@@ -1,0 +1,38 @@
+"""Image GPT ("Generative Pretraining from Pixels", Chen et al., ICML 2020) for Hugging Face Transformers.
+
+    image ── clusters ──▶ tokens ── modeling ──▶ logits ─┬─ loss ······· training, evaluation
+             (palette)   (B, N)                         ├─ sampling ··· generation ──▶ image
+                                                        └─ features ··· probing
+    everything measured ──▶ records (JSON) ──▶ plots, model cards
+
+Shape letters, everywhere: B images, H×W pixels, N = H·W tokens, K colours, D width, L blocks.
+
+Importing the package registers its classes with transformers' Auto classes, in place of transformers' own ImageGPT:
+`AutoConfig`, `AutoModel`, `AutoModelForCausalLM`, `AutoImageProcessor` and `pipeline` then return these.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+from .configuration_imagegpt import ImageGPTConfig
+from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
+from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTModel
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("imagegpt", ImageGPTConfig, exist_ok=True)
+AutoModel.register(ImageGPTConfig, ImageGPTModel, exist_ok=True)
+AutoModelForCausalLM.register(ImageGPTConfig, ImageGPTForCausalImageModeling, exist_ok=True)
+# Not AutoImageProcessor.register, which would load transformers' own processors first to merge with them.
+IMAGE_PROCESSOR_MAPPING.register(
+    ImageGPTConfig, {"pil": ImageGPTImageProcessorPil, "torchvision": ImageGPTImageProcessor}, exist_ok=True
+)
+
+__all__ = [
+    "ImageGPTConfig",
+    "ImageGPTForCausalImageModeling",
+    "ImageGPTImageProcessor",
+    "ImageGPTImageProcessorPil",
+    "ImageGPTModel",
+]

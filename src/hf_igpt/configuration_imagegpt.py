@@ -1,0 +1,109 @@
+"""`ImageGPTConfig`: transformers' fields and defaults, the paper's presets, and the few keys that are ours."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from .presets import IMAGE_SIZE, N_COLORS, SIZES
+
+
+@strict
+class ImageGPTConfig(PreTrainedConfig):
+    r"""Configuration of an Image GPT.
+
+    The defaults are transformers' own (biases, dropout 0.1, its initialisation), because they are what a key missing
+    from one of its checkpoints means. The paper's models come from [`ImageGPTConfig.from_preset`].
+
+    vocab_size (`int`, defaults to 513):
+        K + 1: the palette's K colours and SOS, the last token.
+    n_positions (`int`, defaults to 1024):
+        N = height · width, pixels of an image; also the longest input.
+    use_bias (`bool`, defaults to `True`):
+        Whether projections have trained biases. False (the paper's models): zeros are kept and saved in their place,
+        so that files have the same tensors either way, and count as no parameters.
+    initialization (`"transformers"` or `"openai"`, defaults to `"transformers"`):
+        Whose random initialisation. OpenAI's starts with zero logits: an untrained loss of ln K.
+
+    Other fields as transformers' `ImageGPTConfig`. Cross-attention is not supported.
+    """
+
+    model_type = "imagegpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    vocab_size: int = N_COLORS + 1
+    n_positions: int = IMAGE_SIZE * IMAGE_SIZE
+    n_embd: int = 512
+    n_layer: int = 24
+    n_head: int = 8
+    n_inner: int | None = None
+    activation_function: str = "quick_gelu"
+    resid_pdrop: float | int = 0.1
+    embd_pdrop: float | int = 0.1
+    attn_pdrop: float | int = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    add_cross_attention: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    use_bias: bool = True
+    initialization: str = "transformers"
+
+    @classmethod
+    def from_preset(
+        cls, size: str, *, image_size: int = IMAGE_SIZE, n_colors: int = N_COLORS, **overrides
+    ) -> "ImageGPTConfig":
+        """The configuration of a size of the paper ("s", "m", "l", "xl") or of ours ("tiny", "xs").
+
+        image_size: height = width in pixels, so N = image_size². n_colors: K. `overrides` are fields of the
+        configuration. Bias-free, without dropout, initialised as OpenAI's code (src/model.py), SOS as `bos_token_id`.
+        """
+        if size not in SIZES:
+            raise ValueError(f"No preset {size!r}: the sizes are {', '.join(SIZES)}.")
+        shape = SIZES[size]
+        fields = {
+            "n_layer": shape.n_layer,
+            "n_embd": shape.n_embd,
+            "n_head": shape.n_head,
+            "n_positions": image_size * image_size,
+            "vocab_size": n_colors + 1,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "use_bias": False,
+            "initialization": "openai",
+        }
+        fields.update(overrides)
+        fields.setdefault("bos_token_id", fields["vocab_size"] - 1)
+        return cls(**fields)
+
+    @property
+    def sos_token_id(self) -> int:
+        """The start-of-sequence token, K: one past the last colour."""
+        return self.vocab_size - 1
+
+    def __post_init__(self, **kwargs):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) is no multiple of n_head ({self.n_head}).")
+        if self.vocab_size < 2:
+            raise ValueError(f"vocab_size is at least 2 (one colour and SOS); found {self.vocab_size}.")
+        if self.initialization not in ("transformers", "openai"):
+            raise ValueError(f'initialization is "transformers" or "openai"; found {self.initialization!r}.')
+        if self.add_cross_attention:
+            raise ValueError("add_cross_attention=True is not supported: Image GPT has no cross-attention.")
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings=True is not supported: Image GPT's two token matrices are untied.")
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["ImageGPTConfig"]

@@ -1,0 +1,276 @@
+"""Images to tokens and back: `ImageGPTImageProcessor` (torchvision backend) and `ImageGPTImageProcessorPil` (PIL).
+
+Both give the exact nearest colour of each pixel and share every line but the resizing, which is their backend's: the
+two backends' filters round differently, so a photo's tokens may differ between them where a resized pixel does.
+"""
+
+from typing import Union
+
+import numpy as np
+import torch
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import PILImageResampling, is_pil_image
+from transformers.processing_utils import ImagesKwargs
+
+from .clusters import check_palette, colors_of, nearest_color
+from .presets import IMAGE_SIZE
+
+
+IGNORE_INDEX = -100  # marks a missing pixel in what `decode` is given, as it marks an unscored one in labels
+_MISSING_GREY = 128
+
+
+class ImageGPTImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    clusters (array-like of shape (K, 3), *optional*):
+        The palette: RGB colours in [-1, 1].
+    do_color_quantize (`bool`, *optional*, defaults to `True`):
+        Whether to return `input_ids`, the nearest colour of each pixel, or else `pixel_values`.
+    """
+
+    clusters: Union[np.ndarray, list, "torch.Tensor"] | None
+    do_color_quantize: bool | None
+
+
+class _ColorQuantization:
+    """What both backends share: the palette, every kind of input made 8-bit RGB, quantisation and its inverse."""
+
+    model_input_names = ["input_ids"]
+    valid_kwargs = ImageGPTImageProcessorKwargs
+    resample = PILImageResampling.BILINEAR
+    do_resize = True
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    do_convert_rgb = True
+    do_center_crop = False
+    do_rescale = True
+    do_normalize = True
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    do_color_quantize = True
+    clusters = None
+
+    def __init__(self, clusters=None, **kwargs):
+        super().__init__(clusters=None if clusters is None else check_palette(clusters), **kwargs)
+
+    def fetch_images(self, image_url_or_urls):
+        """Images behind paths and URLs; one that cannot be read is a ValueError that names it."""
+        if not isinstance(image_url_or_urls, str):
+            return super().fetch_images(image_url_or_urls)
+        try:
+            return super().fetch_images(image_url_or_urls)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"Cannot read the image {image_url_or_urls[:200]}: {error}") from error
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3):
+        if isinstance(images, (list, tuple)) and len(images) == 0:
+            raise ValueError("No images: an empty list was given.")
+        if getattr(images, "ndim", None) == 2:
+            images = [images]  # one grey image
+        images = super()._prepare_images_structure(images, expected_ndims=expected_ndims)
+        for index, image in enumerate(images):
+            shape = image.size if is_pil_image(image) else image.shape
+            if 0 in shape:
+                raise ValueError(f"Image {index} is empty: its shape is {tuple(shape)}.")
+        return images
+
+    def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs):
+        image = _eight_bit(image) if is_pil_image(image) else _eight_bit_array(image)
+        return super().process_image(
+            image, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, **kwargs
+        )
+
+    def _validate_preprocess_kwargs(self, do_center_crop=None, crop_size=None, **kwargs):
+        # Without a crop size the crop is the largest square, so none is required.
+        super()._validate_preprocess_kwargs(
+            do_center_crop=do_center_crop and crop_size is not None, crop_size=crop_size, **kwargs
+        )
+        if kwargs.get("do_color_quantize") and kwargs.get("clusters") is None:
+            raise ValueError(
+                "This image processor has no palette. Pass `clusters`, an array (K, 3) of RGB colours in [-1, 1]; "
+                "scripts/run_clusters.py fits one to your images."
+            )
+
+    def _preprocess(
+        self,
+        images,
+        do_resize,
+        size,
+        resample,
+        do_center_crop,
+        crop_size,
+        do_rescale,
+        rescale_factor,
+        do_normalize,
+        image_mean,
+        image_std,
+        return_tensors,
+        do_color_quantize=True,
+        clusters=None,
+        **kwargs,
+    ) -> BatchFeature:
+        """`images`: list of (C, H, W) arrays of the backend. Returns `input_ids` (B, N) int64, or `pixel_values`.
+
+        Order: centre crop to the largest square, resize, quantise. If `crop_size` is given, transformers' order and
+        meaning hold instead: resize, then crop to `crop_size`.
+        """
+        sized = []
+        for image in images:
+            if do_center_crop and crop_size is None:
+                image = _largest_central_square(image)
+            if do_resize:
+                image = self.resize(image, size, resample)
+            if do_center_crop and crop_size is not None:
+                image = self.center_crop(image, crop_size)
+            sized.append(image)
+
+        def normalized(image):
+            if do_rescale:
+                image = self.rescale(image, rescale_factor)
+            if do_normalize:
+                image = self.normalize(image, image_mean, image_std)
+            return image
+
+        if not do_color_quantize:
+            return BatchFeature({"pixel_values": [normalized(image) for image in sized]}, tensor_type=return_tensors)
+
+        clusters = check_palette(clusters)
+        standard_scale = (
+            (do_rescale and do_normalize and abs(rescale_factor * 255 - 1) < 1e-12)
+            and set(np.atleast_1d(image_mean)) == {0.5}
+            and set(np.atleast_1d(image_std)) == {0.5}
+        )
+        tokens = []
+        for image in sized:
+            if not (standard_scale and image.dtype in (np.uint8, torch.uint8)):
+                image = normalized(image)
+            channels_last = np.moveaxis(np.asarray(image.cpu() if torch.is_tensor(image) else image), 0, -1)
+            tokens.append(nearest_color(channels_last, clusters).reshape(-1))
+        if len({len(row) for row in tokens}) == 1:
+            tokens = np.stack(tokens)  # (B, N)
+        features = BatchFeature({"input_ids": tokens}, tensor_type=return_tensors)
+        if return_tensors == "pt" and torch.is_tensor(sized[0]):
+            features["input_ids"] = features["input_ids"].to(sized[0].device)
+        return features
+
+    def decode(self, input_ids, size=None, missing: str = "transparent") -> list:
+        """Tokens back to images: the inverse of the quantisation, up to the palette's distortion.
+
+        input_ids: (B, N) or (N,), torch, numpy or lists, in 0..K-1. A leading SOS (K) is dropped, so `generate()`'s
+        output decodes as it is. Rows shorter than H·W are partial images in raster order; what is missing, and every
+        token −100, becomes transparent (the image is then RGBA) or, with `missing="grey"`, mid-grey.
+        size: (height, width), one number for a square, or None for the processor's own `size`.
+        Returns a list of B PIL images.
+        """
+        from PIL import Image
+
+        if self.clusters is None:
+            raise ValueError("This image processor has no palette to decode with: pass `clusters` when creating it.")
+        if missing not in ("transparent", "grey"):
+            raise ValueError(f'`missing` is "transparent" or "grey"; found {missing!r}.')
+        height, width = self._grid(size)
+        rows = [input_ids] if np.ndim(input_ids[0]) == 0 else input_ids
+        n_colors = len(self.clusters)
+        images = []
+        for row in rows:
+            tokens = np.asarray(row.cpu() if torch.is_tensor(row) else row).astype(np.int64)
+            if len(tokens) and tokens[0] == n_colors:
+                tokens = tokens[1:]
+            if len(tokens) > height * width:
+                raise ValueError(
+                    f"{len(tokens)} tokens do not fit an image of {height}x{width} = {height * width} pixels: pass `size`."
+                )
+            known = np.zeros(height * width, dtype=bool)
+            known[: len(tokens)] = tokens != IGNORE_INDEX
+            pixels = np.full((height * width, 3), _MISSING_GREY, dtype=np.uint8)
+            pixels[known] = colors_of(tokens[known[: len(tokens)]], self.clusters)
+            if missing == "transparent" and not known.all():
+                alpha = np.where(known, 255, 0).astype(np.uint8)
+                pixels = np.concatenate([pixels, alpha[:, None]], axis=1)
+            images.append(Image.fromarray(pixels.reshape(height, width, -1)))
+        return images
+
+    def _grid(self, size=None) -> tuple[int, int]:
+        """(height, width) in pixels of the token grid."""
+        if size is None:
+            size = self.size
+            if not (size.get("height") and size.get("width")):
+                raise ValueError(f"The processor's size {dict(size)} fixes no height and width: pass `size`.")
+            return size["height"], size["width"]
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def to_dict(self):
+        output = super().to_dict()
+        if output.get("clusters") is not None:
+            output["clusters"] = np.asarray(output["clusters"]).tolist()  # float64: JSON keeps every bit
+        return output
+
+
+class ImageGPTImageProcessor(_ColorQuantization, TorchvisionBackend):
+    """Images to tokens with torchvision. Options and methods as `ImageGPTImageProcessorPil`."""
+
+
+class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
+    """Images to tokens with PIL.
+
+    Call it on one image or a list, of any size: PIL images of any mode, numpy or torch arrays (H, W, C) or (C, H, W),
+    paths or URLs. Returns `input_ids` (B, N) int64, N = height·width in raster order, values 0..K-1. Transparency is
+    composited onto white; 16-bit images are scaled to 8 bits.
+
+    clusters: the palette, (K, 3) RGB colours in [-1, 1]. size: the token grid, 32x32 by default. do_center_crop: crop
+    the largest central square before resizing, so that photos are not squashed (False by default, as in transformers).
+    Other options as transformers' own ImageGPT processors. Errors are ValueErrors: a palette of wrong shape or range,
+    an empty or unreadable image (its index or path).
+    """
+
+
+def _largest_central_square(image):
+    """(C, H, W) -> (C, S, S) with S = min(H, W); an odd margin leaves its extra pixel at the bottom or right."""
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[..., top : top + side, left : left + side]
+
+
+def _eight_bit(image):
+    """A PIL image of a mode that holds more than 8 bits a channel -> mode L. Other modes pass.
+
+    I;16 holds 16-bit greys. Mode I holds 8-bit greys if no pixel exceeds 255, else 16-bit ones; mode F 8-bit ones.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    top = 65535 if image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255) else 255
+    if values.size and not (values.min() >= 0 and values.max() <= top):
+        raise ValueError(
+            f"An image of mode {image.mode} has values from {values.min():.4g} to {values.max():.4g}; "
+            f"0..{top} is understood: rescale it first."
+        )
+    from PIL import Image
+
+    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+
+
+def _eight_bit_array(image):
+    """A numpy or torch array: integers become uint8 grey levels, booleans 0 and 255, floats pass; 2-D becomes (1, H, W)."""
+    if image.ndim == 2:
+        image = image[None]
+    if image.ndim != 3 or not {image.shape[0], image.shape[-1]} & {1, 3, 4}:
+        raise ValueError(
+            f"An image array has shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels; found {tuple(image.shape)}."
+        )
+    is_torch = torch.is_tensor(image)
+    if image.dtype in (bool, torch.bool):
+        return image.to(torch.uint8) * 255 if is_torch else image.astype(np.uint8) * 255
+    floating = image.is_floating_point() if is_torch else np.issubdtype(image.dtype, np.floating)
+    if floating or image.dtype in (np.uint8, torch.uint8):
+        return image
+    if image.min() < 0 or image.max() > 255:
+        raise ValueError(
+            f"An integer image ({image.dtype}) has values from {image.min()} to {image.max()}; grey levels are 0..255: "
+            "rescale it first."
+        )
+    return image.to(torch.uint8) if is_torch else image.astype(np.uint8)
+
+
+__all__ = ["ImageGPTImageProcessor", "ImageGPTImageProcessorPil"]

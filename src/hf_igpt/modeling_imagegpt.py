@@ -1,0 +1,444 @@
+"""The Image GPT transformer: `ImageGPTModel` and `ImageGPTForCausalImageModeling`.
+
+Follows OpenAI's code (src/model.py): pre-norm blocks of attention and MLP around a residual stream, norms without mean
+subtraction, untied token matrices. Names, shapes and layouts of the weights are those of transformers' ImageGPT.
+Shape letters: B images, N pixels = tokens of an image, K colours, D width.
+"""
+
+import copy
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_imagegpt import ImageGPTConfig
+from .presets import INIT_EMBEDDING_STD, INIT_MLP_STD, INIT_POSITION_STD
+
+
+logger = logging.get_logger(__name__)
+
+IGNORE_INDEX = -100  # a label that is not scored
+
+
+def initialized(layer: nn.Module, std: float) -> nn.Module:
+    """Note on `layer` the standard deviation its weight starts with; `_init_weights` draws it."""
+    layer.init_std = std
+    return layer
+
+
+def projection(config: ImageGPTConfig, n_out: int, n_in: int, std: float) -> Conv1D:
+    """x -> x W + b with W stored [in, out]. Without trained biases b is a saved buffer of zeros.
+
+    The buffer keeps files the same either way: transformers' class, which has biases, reads them as zeros, where a
+    missing key would leave it uninitialised memory.
+    """
+    layer = initialized(Conv1D(n_out, n_in), std)
+    if not config.use_bias:
+        del layer.bias
+        layer.register_buffer("bias", torch.zeros(n_out))
+    return layer
+
+
+def _std(config: ImageGPTConfig, openai: float, residual: bool = False) -> float:
+    """Standard deviation of an initial weight: `openai`'s, or transformers' where the config says so.
+
+    transformers scales both layers that write into the residual stream by 1/sqrt(2L); OpenAI only attention's.
+    """
+    if config.initialization == "openai":
+        return openai
+    return config.initializer_range / (math.sqrt(2 * config.n_layer) if residual else 1)
+
+
+class ImageGPTLayerNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension: no mean subtraction, no bias [code norm].
+
+    Computed in float32 whatever the input's type: squares of float16 overflow beyond 256.
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(q kᵀ · scaling + mask) v with all weights materialised; softmax in float32. q, k, v: (B, heads, N, D/heads)."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    output = nn.functional.dropout(weights, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2), weights  # (B, N, heads, D/heads), (B, heads, N, N)
+
+
+class ImageGPTAttention(nn.Module):
+    def __init__(self, config: ImageGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scaling /= layer_idx + 1
+        self.is_causal = True
+        d = config.n_embd
+        self.c_attn = projection(config, 3 * d, d, _std(config, d**-0.5))
+        self.c_proj = projection(config, d, d, _std(config, (d * config.n_layer) ** -0.5, residual=True))
+        self.attn_dropout = config.attn_pdrop
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x, past_key_values: Cache | None = None, attention_mask=None, **kwargs):
+        split = (*x.shape[:-1], 3, -1, self.head_dim)
+        query, key, value = self.c_attn(x).view(split).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attn_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        output = self.c_proj(output.reshape(x.shape))
+        return self.resid_dropout(output), weights
+
+
+class ImageGPTMLP(nn.Module):
+    def __init__(self, config: ImageGPTConfig):
+        super().__init__()
+        n_inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
+        self.c_fc = projection(config, n_inner, config.n_embd, _std(config, INIT_MLP_STD))
+        self.c_proj = projection(config, config.n_embd, n_inner, _std(config, INIT_MLP_STD, residual=True))
+        self.act = ACT2FN[config.activation_function]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+
+
+class ImageGPTBlock(GradientCheckpointingLayer):
+    def __init__(self, config: ImageGPTConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = ImageGPTAttention(config, layer_idx)
+        self.ln_2 = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = ImageGPTMLP(config)
+
+    def forward(self, x: torch.Tensor, past_key_values: Cache | None = None, attention_mask=None, **kwargs):
+        attended, _ = self.attn(
+            self.ln_1(x), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+        x = x + attended
+        return x + self.mlp(self.ln_2(x))
+
+
+class ImageGPTPreTrainedModel(PreTrainedModel):
+    """Loading, saving, attention choice and initialisation of all Image GPT classes."""
+
+    config: ImageGPTConfig
+    config_class = ImageGPTConfig
+    base_model_prefix = "transformer"
+    input_modalities = ("image",)
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ImageGPTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": ImageGPTBlock,
+        "attentions": OutputRecorder(ImageGPTAttention, index=1, layer_name=".attn"),
+    }
+    # Causal masks that old transformers versions saved in every block.
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.bias$", r"\.attn\.masked_bias$"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # Each layer carries its own standard deviation: transformers does not call this for modules that hold no
+        # parameter themselves, so a parent cannot set its children's.
+        if isinstance(module, ImageGPTLayerNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, (Conv1D, nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=getattr(module, "init_std", self.config.initializer_range))
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+
+
+class ImageGPTModel(ImageGPTPreTrainedModel):
+    """The transformer without a head: tokens (B, T) -> hidden states (B, T, D) after the final norm, T <= N."""
+
+    def __init__(self, config: ImageGPTConfig):
+        super().__init__(config)
+        wte = nn.Embedding(config.vocab_size, config.n_embd)  # row K is SOS
+        self.wte = initialized(wte, _std(config, INIT_EMBEDDING_STD))
+        self.wpe = initialized(nn.Embedding(config.n_positions, config.n_embd), _std(config, INIT_POSITION_STD))
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([ImageGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
+        self.ln_f = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def set_input_embeddings(self, value):
+        self.wte = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Plain forward, nothing shifted: `input_ids` (B, T) of tokens 0..K, or `inputs_embeds` (B, T, D) instead.
+
+        `hidden_states` (with `output_hidden_states=True`) are the input of each block, and last the output of `ln_f`.
+        A token out of range, or more tokens than n_positions, is a ValueError.
+        """
+        if "pixel_values" in kwargs:
+            raise ValueError("Image GPT reads tokens: pass `input_ids` as its image processor returns them.")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either `input_ids` or `inputs_embeds`, and not both.")
+        for name in ("output_attentions", "output_hidden_states"):
+            kwargs.pop(name, None)  # the decorator has recorded them
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        self._check_length(inputs.shape, seen, position_ids)
+        if inputs_embeds is None:
+            check_tokens(input_ids, self.config.vocab_size, "input_ids", self.config)
+            inputs_embeds = self.wte(input_ids)
+        if position_ids is None:
+            position_ids = (torch.arange(inputs.shape[1], device=inputs.device) + seen).unsqueeze(0)
+        hidden = inputs_embeds + self.wpe(position_ids)
+        if token_type_ids is not None:
+            hidden = hidden + self.wte(token_type_ids)
+        hidden = self.drop(hidden)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        for block in self.h:
+            hidden = block(hidden, past_key_values, mask, position_ids=position_ids, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _check_length(self, shape, seen, position_ids):
+        if len(shape) < 2 or (len(shape) == 2 and shape[1] == 0):
+            raise ValueError(f"Tokens have shape (B, T), T >= 1; found {tuple(shape)}.")
+        if torch.compiler.is_compiling():
+            return
+        last = int(position_ids.max()) + 1 if position_ids is not None else int(seen) + shape[1]
+        if last > self.config.n_positions:
+            raise ValueError(
+                f"{last} tokens exceed n_positions = {self.config.n_positions}. An image has {self.config.n_positions} "
+                "pixels; its inputs are SOS and all pixels but the last. Resize images to the model's size."
+            )
+
+
+def check_tokens(tokens: torch.Tensor, limit: int, name: str, config: ImageGPTConfig, ignore: bool = False):
+    """ValueError unless all `tokens` are integers in 0..limit-1 (or −100, with `ignore`). Not while compiling."""
+    if tokens.is_floating_point() or tokens.ndim != 2:
+        raise ValueError(
+            f"`{name}` are integer tokens of shape (B, T); found {tokens.dtype} of shape {tuple(tokens.shape)}. "
+            "The image processor turns images into tokens."
+        )
+    if torch.compiler.is_compiling() or tokens.numel() == 0 or tokens.is_meta:
+        return
+    bad = (tokens < 0) | (tokens >= limit)
+    if ignore:
+        bad &= tokens != IGNORE_INDEX
+    if bad.any():
+        found = int(tokens[bad][0])
+        raise ValueError(
+            f"`{name}` hold the token {found}; allowed are 0..{limit - 1}. The model has K = {config.vocab_size - 1} colours "
+            f"(SOS is {config.sos_token_id}, an input only): use the image processor it was trained with."
+        )
+
+
+class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
+    """Autoregressive image model: at position i, logits over the K colours of pixel i given SOS and the pixels before.
+
+    `model(labels=tokens)` is the training call: it feeds [SOS, x_0 … x_{N-2}] and scores all N pixels; `loss` is in
+    nats per pixel [code gen_loss]. `model(input_ids=...)` is the plain forward. With both, transformers' contract holds:
+    logits at i are scored against labels at i + 1.
+    """
+
+    def __init__(self, config: ImageGPTConfig):
+        super().__init__(config)
+        self.transformer = ImageGPTModel(config)
+        lm_head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False)
+        self.lm_head = initialized(lm_head, _std(config, 0.0))  # zero logits [V2 3.3]
+        if config.bos_token_id is not None:
+            # The paper's sampling [code run.py sample], for plain transformers too, whose default is top_k = 50.
+            self.generation_config = GenerationConfig(
+                bos_token_id=config.bos_token_id,
+                max_length=config.n_positions + 1,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+            )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Returns `logits` (B, T, K) and, given labels, `loss` in nats per pixel.
+
+        labels: (B, N) colours in 0..K-1. −100 is not scored; it needs `input_ids` beside it.
+        num_items_in_batch: what the summed loss is divided by instead of the number of scored pixels (`Trainer`'s count
+        over accumulated steps and processes). logits_to_keep: compute logits of this many last positions only (0: all),
+        or of the positions in a tensor; ignored where there are labels.
+        """
+        labels_alone = labels is not None and input_ids is None and inputs_embeds is None
+        if labels is not None:
+            n_colors = self.config.vocab_size - 1
+            check_tokens(labels, n_colors, "labels", self.config, ignore=True)
+            if labels_alone:
+                input_ids = self._shift_right(labels)
+                use_cache = bool(use_cache)
+            elif input_ids is not None and not torch.compiler.is_compiling():
+                if not (input_ids[:, 0] == self.config.sos_token_id).all():
+                    logger.warning_once(
+                        "`input_ids` beside `labels` do not start with SOS: pixel 0 is never scored. "
+                        "`model(labels=tokens)` alone adds SOS and scores every pixel."
+                    )
+        outputs = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state  # (B, T, D)
+        if labels is None:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden = hidden[:, keep]
+        logits = self.lm_head(hidden)  # (B, T, K)
+        loss = None
+        if labels is not None:
+            scored, targets = (logits, labels) if labels_alone else (logits[:, :-1], labels[:, 1:])
+            loss = _nats_per_pixel(scored, targets, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _shift_right(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """(B, N) pixels -> [SOS, x_0 … x_{N-2}], what each of them is predicted from [code src/model.py]."""
+        if not torch.compiler.is_compiling() and not labels.is_meta and (labels == IGNORE_INDEX).any():
+            raise ValueError("`labels` with −100 say nothing of the pixels fed: pass `input_ids` (SOS first) beside them.")
+        return nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.sos_token_id)
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
+        """Tokens (B, 1 + N), SOS first: whole images by default, or continuations of `inputs` (B, T), SOS first.
+
+        As `GenerationMixin.generate`, and: SOS and the full length are supplied where neither the arguments nor the
+        checkpoint give them; a length over SOS + N is a ValueError before the first step. SOS is never sampled.
+        """
+        if generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+        sources = [generation_config, self.generation_config]
+
+        def given(name):
+            values = [kwargs.get(name)] + [getattr(source, name) for source in sources if source is not None]
+            return next((value for value in values if value is not None), None)
+
+        def supply(name, value):
+            if generation_config is not None:
+                setattr(generation_config, name, value)
+            else:
+                kwargs[name] = value
+
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        whole = self.config.n_positions + 1
+        if given("bos_token_id") is None:
+            supply("bos_token_id", self.config.sos_token_id)
+        if "inputs_embeds" not in kwargs:
+            if given("max_new_tokens") is not None:
+                length = given("max_new_tokens") + (prompt.shape[1] if prompt is not None else 1)
+            elif given("max_length") is not None:
+                length = given("max_length")
+            else:
+                length = whole
+                supply("max_length", whole)
+            if length > whole:
+                raise ValueError(
+                    f"{length} tokens were asked for; SOS and the {whole - 1} pixels of an image make {whole}. "
+                    "Lower max_length or max_new_tokens, or leave them out for whole images."
+                )
+        if prompt is not None and prompt.ndim == 2 and not (prompt[:, :1] == self.config.sos_token_id).all():
+            logger.warning_once(
+                f"The prompt does not start with SOS ({self.config.sos_token_id}): every pixel stands one position "
+                "before the one it was trained at."
+            )
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+
+def _nats_per_pixel(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Cross-entropy in nats of (B, T, K) logits against (B, T) labels, per scored pixel or per `num_items_in_batch`."""
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
+    )
+    if num_items_in_batch is not None:
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        loss = loss / num_items_in_batch
+    return loss
+
+
+__all__ = ["ImageGPTForCausalImageModeling", "ImageGPTModel", "ImageGPTPreTrainedModel"]

@@ -1,0 +1,74 @@
+"""Every number of the paper, once, with its source. No logic: other modules look numbers up here.
+
+Sources: [V2] Chen et al., "Generative Pretraining from Pixels", ICML 2020, version 2; [code] github.com/openai/image-gpt
+(`src/model.py`, `src/run.py`, `README.md`). What the paper does not state and we had to choose is marked "ours".
+"""
+
+from dataclasses import dataclass, field
+
+
+N_COLORS = 512  # K, the "9-bit colour palette" [V2 3.2]
+IMAGE_SIZE = 32  # H = W of the model resolution that the released models have [code run.py n_px]
+MASK_PROBABILITY = 0.15  # [V2 2.1, code run.py bert_mask_prob]
+HELD_OUT_FRACTION = 0.04  # of ImageNet's training split, for validation [V2 3.1]
+
+ADAM_BETAS = (0.9, 0.95)  # [V2 A.1]
+WEIGHT_DECAY = 0.0  # [V2 A.1]
+WARMUP_EPOCHS = 1.0  # "one epoch", then cosine to 0 [V2 A.1]
+WARMUP_FRACTION = 0.01  # the same in steps where the length of an epoch is unknown: 1 of about 100 epochs [V2 A.1]
+
+# Augmentation of pretraining on ImageNet [V2 3.1]
+CROP_SHORTER_SIDE = (256, 384)  # pixels, drawn uniformly from the closed interval
+CROP_SIZE = 224  # pixels
+
+# Initialisation [code src/model.py]: standard deviations of zero-mean normals; the logit matrices start at 0
+INIT_POSITION_STD = 0.01  # wpe
+INIT_EMBEDDING_STD = 0.02  # wte, sos
+INIT_MLP_STD = 0.02  # c_fc and c_proj of the MLP; q, k, v use 1/sqrt(n_embd), attention's c_proj 1/sqrt(n_embd*n_layer)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model size and the recipe it is pretrained with.
+
+    `learning_rate` is keyed by (objective, image size); the nearest published row is used for other image sizes.
+    `batch_size` counts images per optimiser step over all processes. Exactly one of `max_steps` and `num_epochs` is set.
+    """
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    learning_rate: dict = field(default_factory=dict)
+    batch_size: int = 128  # [V2 A.1]
+    max_steps: int | None = None
+    num_epochs: float | None = None
+
+    def learning_rate_for(self, objective: str, image_size: int) -> float:
+        """Learning rate of the row of the same objective whose image size is nearest to `image_size`."""
+        rows = {size: rate for (name, size), rate in self.learning_rate.items() if name == objective}
+        return rows[min(rows, key=lambda size: abs(size - image_size))]
+
+
+SIZES = {
+    # Ours: small enough for a laptop's processor, in minutes.
+    "tiny": Size(4, 96, 4, {("causal", 32): 3e-3, ("masked", 32): 3e-3}, batch_size=16, num_epochs=60),
+    # Ours: the 10 M parameters, batch and epochs of a well-known CIFAR-10 run (karpathy/minGPT, play_image.ipynb).
+    "xs": Size(12, 256, 8, {("causal", 32): 3e-3, ("masked", 32): 3e-3}, num_epochs=16),
+    # Shapes [code README]; learning rates [V2 Table 5]; steps [V2 A.1].
+    "s": Size(24, 512, 8, {("causal", 32): 3e-3, ("masked", 32): 1e-2}, max_steps=1_000_000),
+    "m": Size(36, 1024, 8, {("causal", 32): 3e-3, ("masked", 32): 3e-3}, max_steps=1_000_000),
+    "l": Size(
+        48, 1536, 16, {("causal", 32): 1e-3, ("causal", 48): 1e-2, ("masked", 32): 1e-3}, max_steps=1_000_000
+    ),
+    # Width and depth [V2 2.2 and Table 2]; the head count is stated nowhere: 24 is ours (heads of 128, as in M).
+    # BERT-style XL was not trained: its learning rate is AR's.
+    "xl": Size(60, 3072, 24, {("causal", 64): 3e-4, ("masked", 64): 3e-4}, batch_size=64, max_steps=2_000_000),
+}
+
+# Nats per pixel on ILSVRC-2012's validation split at 32x32, centre crop, 1 M steps [code README].
+PUBLISHED_NATS_PER_PIXEL = {"s": 2.0895, "m": 2.0614, "l": 2.0466}
+
+# The embedded default: scikit-learn's digits, 8x8 scans with 17 grey levels.
+DIGITS_IMAGE_SIZE = 8
+DIGITS_N_COLORS = 16
+DIGITS_HELD_OUT_FRACTION = 0.2
