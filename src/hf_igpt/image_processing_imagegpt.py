@@ -65,9 +65,9 @@ class _ColorQuantization:
     def _prepare_images_structure(self, images, expected_ndims: int = 3):
         if isinstance(images, (list, tuple)) and len(images) == 0:
             raise ValueError("No images: an empty list was given.")
-        if getattr(images, "ndim", None) == 2:
-            images = [images]  # one grey image
-        images = super()._prepare_images_structure(images, expected_ndims=expected_ndims)
+        batch = list(images) if isinstance(images, (list, tuple)) else [images]
+        batch = [image[None] if getattr(image, "ndim", None) == 2 else image for image in batch]  # (1, H, W): grey
+        images = super()._prepare_images_structure(batch if len(batch) > 1 else batch[0], expected_ndims=expected_ndims)
         for index, image in enumerate(images):
             shape = image.size if is_pil_image(image) else image.shape
             if 0 in shape:
@@ -252,9 +252,7 @@ def _eight_bit(image):
 
 
 def _eight_bit_array(image):
-    """A numpy or torch array: integers become uint8 grey levels, booleans 0 and 255, floats pass; 2-D becomes (1, H, W)."""
-    if image.ndim == 2:
-        image = image[None]
+    """A numpy or torch array: integers become uint8 grey levels, booleans 0 and 255; floats pass."""
     if image.ndim != 3 or not {image.shape[0], image.shape[-1]} & {1, 3, 4}:
         raise ValueError(
             f"An image array has shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels; found {tuple(image.shape)}."
