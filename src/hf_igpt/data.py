@@ -1,0 +1,425 @@
+"""Where images come from, and how they become batches of tokens. One way in, for every script.
+
+Sources: scikit-learn's digits (the embedded default), a Hub dataset, folders of images, parquet files; held in memory
+maps on disk or streamed. Without random crops, images are tokenised once and `datasets` caches the tokens on disk as
+uint8 or uint16; with them, each image is cropped and tokenised anew each time it is read.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from .image_processing_imagegpt import ImageGPTImageProcessorPil
+from .presets import CROP_SHORTER_SIDE, CROP_SIZE, DIGITS_HELD_OUT_FRACTION, HELD_OUT_FRACTION
+
+
+IMAGE = "image"  # the image column's name, and below the label's, whatever the source called them
+LABEL = "label"
+TOKENS = "input_ids"
+_CACHE_VERSION = 1  # raise it when the same image and processor give other tokens
+_SHUFFLE_BUFFER = 10_000  # images, when streaming
+_STREAM_HELD_OUT = 1000  # images kept for evaluation from a stream without a validation split
+_STREAM_PALETTE = 10_000  # images of a stream that a palette is fitted on
+
+
+@dataclass
+class DataArguments:
+    """Which images, and what is done to them before they become tokens."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Dataset on the Hub, or a path `load_dataset` reads. Without it and --train_dir: the digits."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
+    train_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of images (subfolders are classes) or parquet file, folder or glob pattern."},
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "Like --train_dir, for the held-out images."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": 'Column of the images. Default: "image", "img", or the first that holds images.'}
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": 'Column of the classes, if any. Default: "label", "labels" or "fine_label".'}
+    )
+    train_val_split: float | None = field(
+        default=None,
+        metadata={"help": "Fraction of train held out where no validation split exists. Default: 0.04 (paper 3.1)."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out images at most."})
+    streaming: bool = field(default=False, metadata={"help": "Stream instead of downloading; needs --max_steps."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height = width of the token grid in pixels. Default: 32; 8 for the digits."}
+    )
+    center_crop: bool = field(
+        default=True, metadata={"help": "Crop the largest central square before resizing, so nothing is squashed."}
+    )
+    random_crop: bool = field(
+        default=False,
+        metadata={"help": "The paper's ImageNet crops: shorter side drawn from 256..384, random 224 x 224 crop."},
+    )
+    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images, left to right."})
+    on_bad_image: str = field(
+        default="error",
+        metadata={"help": "What an unreadable image does: stop with its name, or be left out.", "choices": ["error", "skip"]},
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    data_cache_dir: str | None = field(default=None, metadata={"help": "Where `datasets` keeps its cache."})
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the images are the embedded default."""
+        return self.dataset_name is None and self.train_dir is None
+
+    def name(self) -> str:
+        """A name for records: no path of this machine."""
+        if self.is_embedded:
+            return "scikit-learn digits"
+        return self.dataset_name or Path(self.train_dir).name
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def digits() -> datasets.Dataset:
+    """scikit-learn's 1,797 scanned digits: 8x8 grey images of 17 levels, 10 classes, in their order."""
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    cells = []
+    for scan in np.rint(scans.images * (255 / 16)).astype(np.uint8):
+        buffer = io.BytesIO()
+        Image.fromarray(scan).save(buffer, "PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    features = datasets.Features(
+        {IMAGE: datasets.Image(decode=False), LABEL: datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+    )
+    return datasets.Dataset.from_dict({IMAGE: cells, LABEL: scans.target.tolist()}, features=features)
+
+
+def load_images(args: DataArguments, seed: int = 0) -> dict:
+    """`{"train": …, "validation": …}`, datasets with undecoded `image` cells and, where there are labels, `label`.
+
+    A `Dataset` each, or for --streaming an `IterableDataset` and a `Dataset`. Without a validation split, a seeded
+    part of train is held out; of a stream, its first images. Nothing found, an unknown column and a source that cannot
+    be loaded are ValueErrors.
+    """
+    raw = _load_raw(args)
+    splits = {}
+    for split in ("train", "validation"):
+        if split in raw:
+            splits[split] = _standard_columns(raw[split], args)
+    if args.streaming:
+        return _streaming_splits(splits, args, seed)
+    if "validation" not in splits:
+        default = DIGITS_HELD_OUT_FRACTION if args.is_embedded else HELD_OUT_FRACTION
+        fraction = default if args.train_val_split is None else args.train_val_split
+        n_images = len(splits["train"])
+        if not 0 < fraction < 1 or n_images < 2:
+            raise ValueError(
+                f"A held-out split needs a fraction between 0 and 1 and at least 2 images; found {fraction} of {n_images}."
+            )
+        parts = splits["train"].train_test_split(test_size=max(1, round(fraction * n_images)), seed=seed)
+        splits = {"train": parts["train"], "validation": parts["test"]}
+    for split, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
+        if limit is not None and limit < len(splits[split]):
+            splits[split] = splits[split].shuffle(seed=seed).select(range(limit))
+    return splits
+
+
+def _load_raw(args: DataArguments) -> dict:
+    if args.dataset_name is not None and args.train_dir is not None:
+        raise ValueError("Give --dataset_name or --train_dir, not both.")
+    if args.is_embedded:
+        if args.streaming:
+            raise ValueError("--streaming needs --dataset_name or --train_dir; the digits are in memory.")
+        return {"train": digits()}
+    options = {"streaming": args.streaming, "cache_dir": args.data_cache_dir}
+    try:
+        if args.dataset_name is not None:
+            raw = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **options)
+        else:
+            raw = _load_files(args.train_dir, options)
+            if args.validation_dir is not None:
+                raw["validation"] = _load_files(args.validation_dir, options)["train"]
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        source = args.dataset_name or args.train_dir
+        raise ValueError(f"No images could be loaded from {source}: {error}") from error
+    if "train" not in raw:
+        raise ValueError(f"{args.dataset_name} has no train split; its splits are {', '.join(raw)}.")
+    for name in ("validation", "valid", "val"):
+        if name in raw:
+            return {"train": raw["train"], "validation": raw[name]}
+    return {"train": raw["train"]}
+
+
+def _load_files(place: str, options: dict) -> dict:
+    """Splits found at `place`: by name in a folder of parquet files, else all of it as "train"."""
+    path = Path(place)
+    if path.is_dir() and any(path.rglob("*.parquet")):
+        splits = datasets.load_dataset("parquet", data_dir=place, **options)
+    elif path.is_dir():
+        splits = datasets.load_dataset("imagefolder", data_files={"train": str(path / "**")}, **options)
+    else:
+        splits = datasets.load_dataset("parquet", data_files={"train": place}, **options)
+    if not options["streaming"] and len(splits["train"]) == 0:
+        raise ValueError("it holds no image files.")
+    return dict(splits)
+
+
+def _standard_columns(dataset, args: DataArguments):
+    """Rename the image and label columns to `image` and `label`, drop the others, and leave images undecoded."""
+    if dataset.features is None:
+        dataset = dataset._resolve_features()
+    columns = list(dataset.features)
+    image = args.image_column_name
+    if image is None:
+        of_images = [name for name in columns if isinstance(dataset.features[name], datasets.Image)]
+        image = next((name for name in ("image", "img", *of_images) if name in columns), columns[0])
+    label = args.label_column_name
+    if label is None:
+        label = next((name for name in ("label", "labels", "fine_label") if name in columns), None)
+    for option, name in (("image_column_name", image), ("label_column_name", label)):
+        if name is not None and name not in columns:
+            raise ValueError(f"--{option} {name} is not in the dataset; its columns are {', '.join(columns)}.")
+    dataset = dataset.select_columns([name for name in (image, label) if name is not None])
+    renamed = {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old not in (None, new)}
+    dataset = dataset.rename_columns(renamed) if renamed else dataset
+    feature = dataset.features[IMAGE]
+    if isinstance(feature, (datasets.Image, dict)) or getattr(feature, "dtype", None) in ("string", "binary", "struct"):
+        dataset = dataset.cast_column(IMAGE, datasets.Image(decode=False))
+    return dataset
+
+
+def _streaming_splits(splits: dict, args: DataArguments, seed: int) -> dict:
+    train, validation = splits["train"], splits.get("validation")
+    if validation is None:
+        n_held_out = args.max_eval_samples or _STREAM_HELD_OUT
+        validation, train = train.take(n_held_out), train.skip(n_held_out)
+    elif args.max_eval_samples is not None:
+        validation = validation.take(args.max_eval_samples)
+    if args.max_train_samples is not None:
+        train = train.take(args.max_train_samples)
+    rows = list(tqdm(validation, desc="Reading held-out images", unit="img"))
+    if not rows:
+        raise ValueError("The stream holds no images for evaluation.")
+    validation = datasets.Dataset.from_list(rows, features=validation.features)
+    return {"train": train.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER), "validation": validation}
+
+
+def read_image(cell):
+    """An undecoded cell -> PIL image, upright by its EXIF tag, or array. What cannot be read is a ValueError naming it."""
+    if not isinstance(cell, dict):
+        return np.asarray(cell) if isinstance(cell, list) else cell
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"{cell.get('path') or 'no path'}: {type(error).__name__}: {error}") from error
+
+
+def _read_batch(cells, indices, on_bad_image: str):
+    """Images of the readable cells, and for every cell the reason it is not readable, or ""."""
+    images, reasons = [], []
+    for cell, index in zip(cells, indices, strict=True):
+        try:
+            images.append(read_image(cell))
+            reasons.append("")
+        except ValueError as error:
+            if on_bad_image == "error":
+                raise ValueError(
+                    f"Image {index} cannot be read ({error}). Remove it, or pass --on_bad_image skip."
+                ) from error
+            reasons.append(f"image {index}: {error}")
+    return images, reasons
+
+
+# -- palette -----------------------------------------------------------------------------------------------------------
+
+
+def sample_pixels(dataset, n_pixels: int, image_size: int, center_crop: bool = True, seed: int = 0, on_bad_image="error"):
+    """About `n_pixels` pixels (n, 3) uint8 drawn evenly from all images of a dataset of `load_images`, seeded.
+
+    Images are first brought to `image_size`, as they will be for their tokens. Fewer pixels than asked: all of them.
+    """
+    if isinstance(dataset, datasets.IterableDataset):
+        dataset = datasets.Dataset.from_list(list(dataset.take(_STREAM_PALETTE)), features=dataset.features)
+    resize = ImageGPTImageProcessorPil(size=image_size, do_center_crop=center_crop)
+    rng = np.random.default_rng(seed)
+    per_image = min(image_size * image_size, -(-n_pixels // len(dataset)))
+    sampled = []
+    for start in tqdm(range(0, len(dataset), 256), desc="Sampling pixels", unit="batch", leave=False):
+        indices = range(start, min(start + 256, len(dataset)))
+        images, _ = _read_batch(dataset[start : indices.stop][IMAGE], indices, on_bad_image)
+        if not images:
+            continue
+        resized = resize(images, do_color_quantize=False, do_rescale=False, do_normalize=False)["pixel_values"]
+        for image in resized:
+            pixels = np.asarray(image).reshape(3, -1).T
+            sampled.append(pixels[rng.permutation(len(pixels))[:per_image]])
+    if not sampled:
+        raise ValueError("None of the images can be read.")
+    pixels = np.concatenate(sampled).astype(np.uint8)
+    return pixels if len(pixels) <= n_pixels else pixels[rng.permutation(len(pixels))[:n_pixels]]
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def tokenize(dataset: datasets.Dataset, processor, on_bad_image: str = "error", num_proc: int | None = None, desc=None):
+    """Tokens of a dataset of `load_images`: column `input_ids` of uint8 or uint16 (N,), `label` kept.
+
+    Cached on disk by `datasets`, keyed by the images and the processor. Unreadable images stop it, or with "skip" are
+    left out and reported.
+    """
+    n_tokens = int(np.prod(processor._grid()))
+    dtype = "uint8" if len(processor.clusters) <= 256 else "uint16"
+    features = {TOKENS: datasets.List(datasets.Value(dtype), length=n_tokens), "bad": datasets.Value("string")}
+    if LABEL in dataset.features:
+        features[LABEL] = dataset.features[LABEL]
+
+    def to_tokens(batch, indices):
+        images, reasons = _read_batch(batch[IMAGE], indices, on_bad_image)
+        tokens = np.zeros((len(reasons), n_tokens), dtype)
+        if images:
+            tokens[[not reason for reason in reasons]] = processor(images)[TOKENS]
+        return {TOKENS: tokens, "bad": reasons}
+
+    key = (dataset._fingerprint, processor.to_json_string(), processor.backend, on_bad_image, _CACHE_VERSION)
+    dataset = dataset.map(
+        to_tokens,
+        batched=True,
+        batch_size=256,
+        with_indices=True,
+        remove_columns=[IMAGE],
+        features=datasets.Features(features),
+        num_proc=num_proc,
+        new_fingerprint=datasets.fingerprint.Hasher.hash(key),
+        desc=desc or "Tokenising",
+    )
+    bad = [(row, reason) for row, reason in enumerate(dataset["bad"]) if reason] if on_bad_image == "skip" else []
+    if bad:
+        report_bad_images([reason for _, reason in bad], len(dataset))
+        excluded = {row for row, _ in bad}
+        dataset = dataset.select([row for row in range(len(dataset)) if row not in excluded])
+    return dataset.remove_columns("bad")
+
+
+def report_bad_images(reasons: list[str], n_images: int):
+    """Say how many images were left out, and which."""
+    listing = "\n  ".join(reasons)
+    tqdm.write(f"Left out {len(reasons)} of {n_images} images that cannot be read:\n  {listing}")
+    if len(reasons) == n_images:
+        raise ValueError(f"None of the {n_images} images can be read; the first: {reasons[0]}")
+
+
+def token_array(dataset) -> np.ndarray:
+    """All tokens of a tokenised dataset as one array (n, N) of uint16."""
+    return np.asarray(dataset.with_format("numpy", columns=[TOKENS], dtype=np.uint16)[:][TOKENS])
+
+
+class ImageTokens(torch.utils.data.Dataset):
+    """Rows of tokens (N,) for a `DataLoader`, with the augmentation that is drawn anew each epoch.
+
+    dataset: of `tokenize` (flips only, on the tokens: a mirrored small image has mirrored tokens), or of `load_images`
+    where `random_crop`. What is drawn depends on (seed, epoch, index) alone, so it is the same on any number of
+    processes and workers and after a resume.
+    """
+
+    def __init__(self, dataset, processor, random_crop=False, random_flip=False, seed=0, on_bad_image="error"):
+        self.processor, self.random_crop, self.random_flip = processor, random_crop, random_flip
+        self.seed, self.epoch, self.on_bad_image = seed, 0, on_bad_image
+        self.width = processor._grid()[1]
+        self.dataset = dataset if random_crop else dataset.with_format("numpy", columns=[TOKENS], dtype=np.uint16)
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices):
+        if self.random_crop:
+            images, _ = _read_batch(self.dataset[indices][IMAGE], indices, "error")
+            images = [random_crop(image, self._rng(index)) for image, index in zip(images, indices, strict=True)]
+            tokens = np.asarray(self.processor(images)[TOKENS])
+        else:
+            tokens = np.asarray(self.dataset[indices][TOKENS])  # (B, N)
+        if self.random_flip:
+            flip = np.array([self._rng(index, 1).random() < 0.5 for index in indices])
+            grid = tokens.reshape(len(tokens), -1, self.width)
+            tokens = np.where(flip[:, None, None], grid[:, :, ::-1], grid).reshape(tokens.shape)
+        return list(tokens)
+
+    def _rng(self, index: int, draw: int = 0) -> np.random.Generator:
+        return np.random.default_rng((self.seed, self.epoch, int(index), draw))
+
+
+def random_crop(image, rng: np.random.Generator):
+    """The paper's crop [V2 3.1]: shorter side resized to 256..384 pixels, then a 224 x 224 window, both uniform."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    shorter = int(rng.integers(CROP_SHORTER_SIDE[0], CROP_SHORTER_SIDE[1] + 1))
+    scale = shorter / min(image.size)
+    width, height = (max(CROP_SIZE, round(side * scale)) for side in image.size)
+    left, top = (int(rng.integers(0, side - CROP_SIZE + 1)) for side in (width, height))
+    window = (left, top, left + CROP_SIZE, top + CROP_SIZE)
+    if image.mode in ("1", "P", "PA"):  # PIL does not interpolate these
+        image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
+    return image.resize((width, height), Image.Resampling.BILINEAR).crop(window)
+
+
+def readable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets.Dataset:
+    """`dataset` without the images that cannot be decoded, which are reported. Cached like `tokenize`."""
+
+    def check(batch, indices):
+        reasons = _read_batch(batch[IMAGE], indices, "skip")[1]
+        return {"bad": reasons}
+
+    checked = dataset.map(check, batched=True, with_indices=True, num_proc=num_proc, desc="Checking images")
+    bad = [reason for reason in checked["bad"] if reason]
+    if not bad:
+        return dataset
+    report_bad_images(bad, len(dataset))
+    return dataset.select([row for row, reason in enumerate(checked["bad"]) if not reason])
+
+
+def stream_tokens(dataset: datasets.IterableDataset, processor, args: DataArguments) -> datasets.IterableDataset:
+    """A stream of images -> a stream of rows `{"input_ids": (N,)}`, augmented with torch's random numbers."""
+    width = processor._grid()[1]
+
+    def to_tokens(batch, indices):
+        images, reasons = _read_batch(batch[IMAGE], indices, args.on_bad_image)
+        for reason in filter(None, reasons):
+            tqdm.write(f"Left out {reason}")
+        if not images:
+            return {TOKENS: []}
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        if args.random_crop:
+            images = [random_crop(image, rng) for image in images]
+        tokens = np.asarray(processor(images)[TOKENS])
+        if args.random_flip:
+            grid = tokens.reshape(len(tokens), -1, width)
+            tokens = np.where(rng.random((len(grid), 1, 1)) < 0.5, grid[:, :, ::-1], grid).reshape(tokens.shape)
+        return {TOKENS: list(tokens)}
+
+    columns = list(dataset.features)
+    return dataset.map(to_tokens, batched=True, batch_size=64, with_indices=True, remove_columns=columns)
+
+
+def collate_tokens(rows) -> dict[str, torch.Tensor]:
+    """Rows (N,), or dicts that hold one, -> `{"labels": (B, N) int64}`: all a causal model is trained with."""
+    rows = [row[TOKENS] if isinstance(row, dict) else row for row in rows]
+    return {"labels": torch.from_numpy(np.stack(rows).astype(np.int64))}

@@ -1,0 +1,144 @@
+"""Drawing images: `sample()` from nothing, `complete()` from the upper rows of given images."""
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.utils.logging import tqdm
+
+
+def sample(
+    model,
+    processor,
+    num_images: int,
+    *,
+    seed: int | None = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+    progress: bool = True,
+    return_tokens: bool = False,
+):
+    """Draw `num_images` images unconditionally. Returns a list of PIL images, or tokens (num_images, N) int64.
+
+    model: an `ImageGPTForCausalImageModeling`; processor: the one it was trained with. Defaults are the paper's
+    sampling: temperature 1, nothing truncated [code run.py sample]. seed: the same seed, machine and batch size give
+    the same images, and torch's own random state is left as it was; None draws from that state.
+    """
+    if num_images < 1:
+        raise ValueError(f"num_images is at least 1; found {num_images}.")
+    prompts = torch.empty((num_images, 0), dtype=torch.long)
+    tokens = _continue(model, processor, prompts, seed, temperature, top_k, top_p, batch_size, progress)
+    return tokens if return_tokens else processor.decode(tokens)
+
+
+def complete(
+    model,
+    processor,
+    images,
+    rows: int | None = None,
+    num_completions: int = 1,
+    *,
+    seed: int | None = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+    progress: bool = True,
+    return_tokens: bool = False,
+):
+    """Keep the upper `rows` rows of each image (None: half of them, 0: nothing) and draw the rest.
+
+    images: what the processor takes, or tokens (n, N). Returns for each image a list of `num_completions` PIL images,
+    or tokens (n, num_completions, N). The kept pixels are the image's own, exactly. Other arguments as `sample`.
+    """
+    height, width = processor._grid()
+    rows = height // 2 if rows is None else rows
+    if not 0 <= rows <= height:
+        raise ValueError(f"rows is between 0 and the image's height, {height}; found {rows}.")
+    if num_completions < 1:
+        raise ValueError(f"num_completions is at least 1; found {num_completions}.")
+    is_tokens = isinstance(images, torch.Tensor) and images.ndim == 2 and not images.is_floating_point()
+    tokens = images.cpu() if is_tokens else processor(images, return_tensors="pt")["input_ids"]
+    _check_fit(model, processor)
+    prompts = tokens[:, : rows * width].long().repeat_interleave(num_completions, dim=0)
+    drawn = _continue(model, processor, prompts, seed, temperature, top_k, top_p, batch_size, progress)
+    if return_tokens:
+        return drawn.view(len(tokens), num_completions, -1)
+    pictures = processor.decode(drawn)
+    return [pictures[start : start + num_completions] for start in range(0, len(pictures), num_completions)]
+
+
+def picture_of_completions(processor, images, completions, rows: int | None = None) -> list[list[Image.Image]]:
+    """Rows of pictures for a grid: each image as the model sees it, its kept part, and its completions."""
+    tokens = processor(images, return_tensors="pt")["input_ids"]
+    height, width = processor._grid()
+    rows = height // 2 if rows is None else rows
+    originals = processor.decode(tokens)
+    halves = processor.decode(tokens[:, : rows * width], missing="grey")
+    return [[o, h, *c] for o, h, c in zip(originals, halves, completions, strict=True)]
+
+
+def _check_fit(model, processor):
+    height, width = processor._grid()
+    n_colors = model.config.vocab_size - 1
+    if height * width != model.config.n_positions or processor.clusters is None or len(processor.clusters) != n_colors:
+        has = "no" if processor.clusters is None else len(processor.clusters)
+        raise ValueError(
+            f"The model draws {model.config.n_positions} pixels of {n_colors} colours; the processor has images of "
+            f"{height}x{width} and {has} colours: use the processor the model was trained with."
+        )
+
+
+class _Progress(StoppingCriteria):
+    """Moves a bar by the pixels drawn; never stops."""
+
+    def __init__(self, bar):
+        self.bar = bar
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.bar.update(len(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@torch.no_grad()
+def _continue(model, processor, prompts, seed, temperature, top_k, top_p, batch_size, progress) -> torch.Tensor:
+    """Prompts (n, T) of pixels, without SOS -> whole images (n, N), on the CPU."""
+    _check_fit(model, processor)
+    if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(
+            f"Sampling needs temperature > 0, 0 < top_p <= 1, top_k >= 0; found {temperature}, {top_p}, {top_k}."
+        )
+    n_pixels = model.config.n_positions
+    n_missing = n_pixels - prompts.shape[1]
+    if n_missing == 0:
+        return prompts
+    training = model.training
+    model.eval()
+    finished = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with (
+            torch.random.fork_rng(devices=devices, enabled=seed is not None),
+            tqdm(total=len(prompts) * n_missing, desc="Drawing", unit="pixel", disable=not progress, leave=False) as bar,
+        ):
+            if seed is not None:
+                torch.manual_seed(seed)
+            for start in range(0, len(prompts), batch_size):
+                batch = prompts[start : start + batch_size].to(model.device)
+                tokens = model.generate(
+                    torch.nn.functional.pad(batch, (1, 0), value=model.config.sos_token_id),
+                    do_sample=True,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    max_length=n_pixels + 1,
+                    use_cache=True,
+                    stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
+                )
+                finished.append(tokens[:, 1:].cpu())
+    finally:
+        model.train(training)
+    return torch.cat(finished)
+
+
