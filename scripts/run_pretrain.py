@@ -1,0 +1,17 @@
+"""Pretrain an Image GPT on images, without labels.
+
+    python scripts/run_pretrain.py                                       # the digits, 2 CPU cores, about 2 minutes
+    accelerate launch scripts/run_pretrain.py --size s --dataset_name ILSVRC/imagenet-1k --random_crop --bf16 \\
+        --output_dir igpt-s                                              # the paper's iGPT-S: 8 GPUs, days
+    python scripts/run_pretrain.py recipe.json                           # or one .json/.yaml file instead of flags
+
+Without arguments: held-out loss at most 1.30 nats/pixel (left-and-up counts: 1.60). Writes the model, its image
+processor, samples, a curve and records to --output_dir; an interrupted run goes on when started again.
+"""
+
+from hf_igpt.data import DataArguments
+from hf_igpt.training import ModelArguments, PretrainingArguments, parse_arguments, pretrain
+
+
+if __name__ == "__main__":
+    pretrain(*parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description=__doc__))

@@ -1,0 +1,504 @@
+"""Pretraining: arguments as dataclasses, and `pretrain()`, which assembles transformers' `Trainer`.
+
+What is ours here: recipes from `presets`, the metric (per-image nats per pixel), progress in images, an end by the
+clock, a picture of samples at each evaluation.
+"""
+
+import argparse
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoImageProcessor, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import tqdm
+
+from . import clusters, data, evaluation, generation, plots
+from .configuration_imagegpt import ImageGPTConfig
+from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
+from .modeling_imagegpt import ImageGPTForCausalImageModeling
+from .presets import (
+    ADAM_BETAS,
+    DIGITS_IMAGE_SIZE,
+    DIGITS_N_COLORS,
+    IMAGE_SIZE,
+    N_COLORS,
+    SIZES,
+    WARMUP_EPOCHS,
+    WARMUP_FRACTION,
+    WEIGHT_DECAY,
+)
+
+
+RECORD = "records.json"  # written last: a folder that holds it holds a finished run
+_OURS = {RECORD, "samples", "palette.png", "training.png", "preprocessor_config.json", "runs"}
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and with which palette."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to go on from. Default: a new model of --size."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": 'Fields of the new model\'s configuration: "n_layer=6,n_embd=128".'}
+    )
+    image_processor_name: str | None = field(
+        default=None,
+        metadata={"help": "Image processor (folder or Hub name) or palette (.npy, .json). Default: fitted on the images."},
+    )
+    num_colors: int | None = field(
+        default=None, metadata={"help": "Colours K of a palette fitted here. Default: 512; 16 for the digits."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention: eager, sdpa, flash_attention_2, flex_attention. Default: sdpa."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Revision of the checkpoint: branch, tag or commit."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded checkpoints are kept."})
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments` with the paper's recipe as defaults; None means the preset of --size."""
+
+    output_dir: str | None = field(default="outputs/pretrain", metadata={"help": "Where everything is written."})
+    size: str = field(
+        default="tiny",
+        metadata={"help": "Shape and recipe; any flag overrides a part of it.", "choices": list(SIZES)},
+    )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={"help": "End after this many minutes; the learning rate decays by the clock if that is ahead of the steps."},
+    )
+    warmup_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs of linear warm-up; --warmup_steps overrides. Default: 1 (paper A.1)."}
+    )
+    num_samples: int = field(default=16, metadata={"help": "Images drawn at each evaluation; 0 draws none."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: the preset's."})
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Images per process and forward. Default: the preset's batch over processes and accumulation."},
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per process in evaluation."})
+    num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs. Default: the preset's."})
+    max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps. Default: the preset's."})
+    adam_beta1: float = field(default=ADAM_BETAS[0], metadata={"help": "Adam's first beta (paper A.1)."})
+    adam_beta2: float = field(default=ADAM_BETAS[1], metadata={"help": "Adam's second beta (paper A.1)."})
+    weight_decay: float = field(default=WEIGHT_DECAY, metadata={"help": "Weight decay (paper A.1: none)."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after warm-up (paper A.1: cosine to 0)."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
+    eval_steps: float | None = field(default=0.1, metadata={"help": "Steps between evaluations, or a fraction of all."})
+    save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints, or a fraction of all."})
+    save_total_limit: int | None = field(
+        default=1, metadata={"help": "Checkpoints kept, beside the best. The last is always kept."}
+    )
+    logging_steps: float = field(default=0.02, metadata={"help": "Steps between log lines, or a fraction of all."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Write the best model, not the last, to output_dir."})
+    metric_for_best_model: str | None = field(default="nats_per_pixel", metadata={"help": "Metric of the best model."})
+    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether a greater metric is better."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator."})
+
+    def __post_init__(self):
+        recipe = SIZES[self.size]
+        self._batch_from_preset = self.per_device_train_batch_size is None
+        if self.num_train_epochs is None and self.max_steps is None:
+            self.num_train_epochs, self.max_steps = recipe.num_epochs, recipe.max_steps
+        # Trainer's own way of saying "unset".
+        self.num_train_epochs = 1.0 if self.num_train_epochs is None else self.num_train_epochs
+        self.max_steps = -1 if self.max_steps is None else self.max_steps
+        self.label_names = ["labels"]
+        if self._batch_from_preset:
+            self.per_device_train_batch_size = recipe.batch_size
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
+        super().__post_init__()
+        if self.label_smoothing_factor:
+            raise ValueError("--label_smoothing_factor is not supported: the loss is the model's exact likelihood.")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"--max_minutes is positive; found {self.max_minutes}.")
+        if self._batch_from_preset:
+            parts = self.world_size * self.gradient_accumulation_steps * max(1, self.n_gpu)
+            if recipe.batch_size % parts:
+                raise ValueError(
+                    f"The preset's batch of {recipe.batch_size} images cannot be shared by {parts} (processes x "
+                    "accumulation steps): give --per_device_train_batch_size."
+                )
+            self.per_device_train_batch_size = recipe.batch_size // parts
+
+
+class _Clock(TrainerCallback):
+    """Ends training when the time is up, at the same step in all processes."""
+
+    def __init__(self, minutes: float, device):
+        self.seconds, self.device, self.start, self.elapsed = minutes * 60, device, None, 0.0
+
+    def fraction(self) -> float:
+        return self.elapsed / self.seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.elapsed = time.monotonic() - self.start
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            elapsed = torch.tensor(self.elapsed, device=self.device)
+            torch.distributed.broadcast(elapsed, src=0)
+            self.elapsed = elapsed.item()
+        if self.elapsed >= self.seconds:
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_save = control.should_log = control.should_training_stop = True
+
+
+class _ImageProgress(ProgressCallback):
+    """transformers' progress bar, counting images, with one line of log instead of a dictionary."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current_step = 0
+        if state.is_world_process_zero:
+            self.images_per_step = _images_per_step(args)
+            self.training_bar = tqdm(
+                total=state.max_steps * self.images_per_step,
+                desc="Training",
+                unit="image",
+                unit_scale=True,
+                dynamic_ncols=True,
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar.update((state.global_step - self.current_step) * self.images_per_step)
+            self.current_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None or "images" not in logs:
+            return
+        for key, label in (("loss", "training"), ("eval_nats_per_pixel", "held out")):
+            if key in logs:
+                line = f"{logs['images']:>11,} images   {label} {logs[key]:.4f} nats/pixel"
+                line += f" ({logs[key] * evaluation.BITS_PER_NAT:.4f} bits)"
+                if "learning_rate" in logs:
+                    line += f"   learning rate {logs['learning_rate']:.2e}"
+                self.training_bar.write(line)
+
+
+class _Samples(TrainerCallback):
+    """Draws a picture of samples at each evaluation, without touching the random state of training."""
+
+    def __init__(self, processor, folder: Path):
+        self.processor, self.folder = processor, folder
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if args.num_samples and state.is_world_process_zero:
+            images = generation.sample(model, self.processor, args.num_samples, seed=args.seed, progress=False)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            plots.square_grid(images).save(self.folder / f"step-{state.global_step:07d}.png")
+
+
+class PretrainingTrainer(Trainer):
+    """`Trainer` whose logs also say bits per pixel and images seen, and whose schedule can follow a clock."""
+
+    clock: _Clock | None = None
+
+    def log(self, logs, start_time=None):
+        logs["images"] = self.state.global_step * _images_per_step(self.args)
+        for key in ("loss", "eval_nats_per_pixel"):
+            if key in logs:
+                logs[key.replace("loss", "nats_per_pixel").replace("nats", "bits")] = (
+                    logs[key] * evaluation.BITS_PER_NAT
+                )
+        super().log(logs, start_time)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self.clock is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step):
+            done = max(step / num_training_steps, self.clock.fraction())
+            return min(1, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def _images_per_step(args: TrainingArguments) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def load_processor(model_args: ModelArguments, image_size: int, center_crop: bool):
+    """The image processor that --image_processor_name names: a processor's folder or Hub name, or a bare palette.
+
+    A bare palette gets `image_size`; a processor keeps its own size unless --image_size says otherwise.
+    """
+    name = model_args.image_processor_name
+    if Path(name).suffix in (".npy", ".json"):
+        return make_processor(clusters.load_palette(name), image_size, center_crop)
+    return AutoImageProcessor.from_pretrained(name, revision=model_args.model_revision, cache_dir=model_args.cache_dir)
+
+
+def make_processor(palette: np.ndarray, image_size: int, center_crop: bool = True):
+    """A processor of the backend that is installed, for a palette and square images."""
+    backend = ImageGPTImageProcessor if transformers.utils.is_torchvision_available() else ImageGPTImageProcessorPil
+    return backend(clusters=palette, size={"height": image_size, "width": image_size}, do_center_crop=center_crop)
+
+
+def check_output_dir(args: PretrainingArguments) -> str | None:
+    """The checkpoint to resume from, if any. A folder that holds anything but an unfinished run of ours: ValueError."""
+    if args.resume_from_checkpoint not in (None, "True", True):
+        if not Path(args.resume_from_checkpoint).is_dir():
+            raise ValueError(f"There is no checkpoint at {args.resume_from_checkpoint}.")
+        return args.resume_from_checkpoint
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file.")
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if RECORD in names:
+        raise ValueError(f"{folder} holds a finished run: give another --output_dir, or delete it.")
+    strange = sorted(name for name in names if name not in _OURS and not name.startswith("checkpoint-"))
+    if strange:
+        raise ValueError(
+            f"{folder} holds something else ({', '.join(strange[:5])}): give an empty or a new --output_dir."
+        )
+    last = get_last_checkpoint(folder) if names else None
+    if args.resume_from_checkpoint and last is None:
+        raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}.")
+    return last
+
+
+def pretrain(
+    model_args: ModelArguments, data_args: data.DataArguments, args: PretrainingArguments
+) -> list[evaluation.Record]:
+    """Pretrain an Image GPT autoregressively and write it to `args.output_dir`; returns what was measured.
+
+    Written: the best model with its processor; checkpoints (the last, the best) likewise; `samples/` with a picture
+    for each evaluation; `palette.png`, `training.png`; and last `records.json`. An unfinished run in `output_dir` is
+    resumed. Everything that can be wrong with the arguments is a ValueError before training starts.
+    """
+    checkpoint = check_output_dir(args)
+    set_seed(args.seed)
+    _say(args, f"Process {args.process_index} of {args.world_size} on {args.device}, seed {args.seed}")
+    if checkpoint:
+        _say(args, f"Resuming from {checkpoint}")
+    folder = Path(args.output_dir)
+    with args.main_process_first(desc="images"):
+        splits = data.load_images(data_args, seed=args.seed)
+    processor = _processor(model_args, data_args, args, checkpoint, splits["train"])
+    model = _model(model_args, args, processor)
+    train, held_out, reference = _tokens(splits, processor, data_args, args)
+    _set_steps(args, data_args, train)
+
+    clock = None if args.max_minutes is None else _Clock(args.max_minutes, args.device)
+    trainer = PretrainingTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=data.collate_tokens,
+        processing_class=processor,
+        preprocess_logits_for_metrics=_per_image_nats,
+        compute_metrics=_held_out_metrics,
+        callbacks=[_Samples(processor, folder / "samples")] + ([clock] if clock else []),
+    )
+    trainer.clock = clock
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_ImageProgress)
+    _say(
+        args,
+        f"Training {model.num_parameters():,} parameters ({args.size}) on {data_args.name()}: "
+        f"{processor._grid()[0]}x{processor._grid()[1]} pixels, {len(processor.clusters)} colours, "
+        f"{_images_per_step(args)} images a step",
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    model.config.use_cache = True  # Trainer switched it off for training; checkpoints generate
+    trainer.save_model()
+    metrics = trainer.evaluate()
+    records = _records(metrics["eval_nats_per_pixel"], reference, held_out, trainer, data_args)
+    if args.should_save:
+        curve_baselines = {name: value for name, value in reference.items() if name != "uniform"}
+        plots.training_curve(trainer.state.log_history, curve_baselines).save(folder / "training.png")
+        evaluation.write_records(folder / RECORD, records)
+    _summary(args, records)
+    return records
+
+
+def _say(args, text: str):
+    if args.should_log:
+        tqdm_write(text)
+
+
+def tqdm_write(text: str):
+    """Print a line without breaking a progress bar."""
+    data.tqdm.write(text)
+
+
+def _processor(model_args, data_args, args, checkpoint, train_images):
+    """The processor: of the checkpoint that is gone on from, or named, or with a palette fitted to the images."""
+    image_size = data_args.image_size or (DIGITS_IMAGE_SIZE if data_args.is_embedded else IMAGE_SIZE)
+    source = checkpoint or model_args.image_processor_name or model_args.model_name_or_path
+    if source:
+        named = ModelArguments(**{**vars(model_args), "image_processor_name": str(source)})
+        processor = load_processor(named, image_size, data_args.center_crop)
+        if data_args.image_size and processor._grid() != (image_size, image_size):
+            processor.size = {"height": image_size, "width": image_size}
+        if processor.clusters is None:
+            raise ValueError(f"The image processor of {source} has no palette: name another, or leave it out to fit one.")
+        if model_args.num_colors not in (None, len(processor.clusters)):
+            raise ValueError(
+                f"--num_colors {model_args.num_colors}: the palette of {source} has {len(processor.clusters)} colours."
+            )
+        return processor
+    n_colors = model_args.num_colors or (DIGITS_N_COLORS if data_args.is_embedded else N_COLORS)
+    folder = Path(args.output_dir)
+    with args.main_process_first(desc="palette"):
+        if args.process_index == 0:
+            pixels = data.sample_pixels(
+                train_images, 1_000_000, image_size, data_args.center_crop, args.seed, data_args.on_bad_image
+            )
+            palette = clusters.fit_palette(pixels, n_colors, args.seed, progress=True)
+            lost = clusters.distortion(pixels, palette)
+            _say(args, f"Palette: {n_colors} colours, distortion {lost['rmse_grey_levels']:.2f} grey levels RMSE, "
+                       f"{lost['psnr_db']:.2f} dB PSNR")
+            make_processor(palette, image_size, data_args.center_crop).save_pretrained(folder)
+            plots.palette_picture(palette).save(folder / "palette.png")
+        else:
+            palette = clusters.load_palette(folder)
+    return make_processor(palette, image_size, data_args.center_crop)
+
+
+def _model(model_args, args, processor):
+    height, width = processor._grid()
+    options = {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
+    if model_args.model_name_or_path:
+        source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
+        model = ImageGPTForCausalImageModeling.from_pretrained(model_args.model_name_or_path, **source, **options)
+    else:
+        config = ImageGPTConfig.from_preset(args.size, image_size=height, n_colors=len(processor.clusters))
+        config.n_positions = height * width
+        if model_args.config_overrides:
+            fields = config.to_dict()
+            config.update_from_string(model_args.config_overrides)
+            changed = {name: getattr(config, name) for name in fields if hasattr(config, name)}
+            config = ImageGPTConfig.from_dict(changed)  # checked again as a whole
+        model = ImageGPTForCausalImageModeling._from_config(config, **options)
+    if model.config.n_positions != height * width or model.config.vocab_size != len(processor.clusters) + 1:
+        raise ValueError(
+            f"The model is for {model.config.n_positions} pixels of {model.config.vocab_size - 1} colours, the image "
+            f"processor gives {height * width} of {len(processor.clusters)}: they belong to different runs."
+        )
+    return model
+
+
+def _tokens(splits, processor, data_args, args):
+    """Training and held-out rows of tokens, and the counting baselines where all tokens are at hand."""
+    tokenizing = {"on_bad_image": data_args.on_bad_image, "num_proc": data_args.preprocessing_num_workers}
+    with args.main_process_first(desc="tokens"):
+        held_out = data.tokenize(splits["validation"], processor, desc="Tokenising held-out images", **tokenizing)
+        if data_args.streaming:
+            return data.stream_tokens(splits["train"], processor, data_args), data.ImageTokens(held_out, processor), {}
+        images = splits["train"]
+        if data_args.random_crop and data_args.on_bad_image == "skip":
+            images = data.readable(images, data_args.preprocessing_num_workers)
+        tokens = None if data_args.random_crop else data.tokenize(
+            images, processor, desc="Tokenising training images", **tokenizing
+        )
+    per_step = _images_per_step(args)
+    if len(images if tokens is None else tokens) < per_step:
+        raise ValueError(
+            f"{len(images)} training images are fewer than one step's {per_step}: lower --per_device_train_batch_size "
+            "or give more images."
+        )
+    reference = {}
+    if tokens is not None and args.should_log:
+        some = tokens.select(range(min(len(tokens), 20_000_000 // held_out_length(held_out))))
+        reference = evaluation.baselines(
+            data.token_array(some), data.token_array(held_out), processor._grid()[1], len(processor.clusters)
+        )
+    train = data.ImageTokens(
+        images if tokens is None else tokens, processor, data_args.random_crop, data_args.random_flip, args.seed
+    )
+    return train, data.ImageTokens(held_out, processor), reference
+
+
+def held_out_length(tokens) -> int:
+    """N of a tokenised dataset."""
+    return tokens.features[data.TOKENS].length
+
+
+def _set_steps(args, data_args, train):
+    """Fill in what depends on the preset, the size of an epoch and the image size."""
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("A stream has no length: give --max_steps.")
+    recipe = SIZES[args.size]
+    if args.learning_rate is None:
+        args.learning_rate = recipe.learning_rate_for("causal", data_args.image_size or IMAGE_SIZE)
+    if not args.warmup_steps:
+        if data_args.streaming:
+            args.warmup_steps = WARMUP_FRACTION
+        else:
+            epochs = WARMUP_EPOCHS if args.warmup_epochs is None else args.warmup_epochs
+            steps_per_epoch = math.ceil(len(train) / _images_per_step(args))
+            total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+            args.warmup_steps = min(math.ceil(epochs * steps_per_epoch), total // 10)
+
+
+def _per_image_nats(logits, labels):
+    return evaluation.nats_per_image(logits[0] if isinstance(logits, tuple) else logits, labels)
+
+
+def _held_out_metrics(prediction) -> dict[str, float]:
+    """Mean over images, gathered over all processes: exact also where the last batches are ragged."""
+    return {"nats_per_pixel": float(np.mean(prediction.predictions, dtype=np.float64))}
+
+
+def _records(nats, reference, held_out, trainer, data_args) -> list[evaluation.Record]:
+    state = trainer.state
+    common = {
+        "unit": "nats/pixel",
+        "split": "held out",
+        "n": len(held_out),
+        "seed": trainer.args.seed,
+        "data": f"{data_args.name()}, {held_out.processor._grid()[0]}x{held_out.width}, "
+        f"{len(held_out.processor.clusters)} colours",
+        "hardware": evaluation.hardware(),
+    }
+    name = f"Image GPT {trainer.args.size}, {trainer.model.num_parameters():,} parameters, "
+    name += f"{state.global_step * _images_per_step(trainer.args):,} images seen"
+    records = [evaluation.Record(metric="nats_per_pixel", value=nats, model=name, **common)]
+    for key, value in reference.items():
+        records.append(evaluation.Record(metric="nats_per_pixel", value=value, model=f"{key} counts", **common))
+    return records
+
+
+def _summary(args, records):
+    _say(args, "\nHeld-out nats per pixel (bits per pixel), lower is better:")
+    for record in sorted(records, key=lambda record: record.value):
+        name = record.model.split(",")[0].replace("_", " ")
+        _say(args, f"  {record.value:8.4f} ({record.value * evaluation.BITS_PER_NAT:.4f})  {name}")
+    _say(args, f"\nWrote the model, its palette, pictures (samples/, training.png) and records to {args.output_dir}")
+    _say(args, f"Next: python scripts/run_sample.py --model_name_or_path {args.output_dir} --num_images 16")
+
+
+def parse_arguments(*dataclasses, description: str):
+    """Command-line flags, or one .json, .yaml or .yml file of the same names, as instances of `dataclasses`.
+
+    Bad arguments end the program with one line, as argparse does.
+    """
+    parser = HfArgumentParser(
+        dataclasses, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    try:
+        if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
+            parse = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
+            return parse(sys.argv[1])
+        return parser.parse_args_into_dataclasses()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
