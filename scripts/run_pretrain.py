@@ -10,8 +10,8 @@ processor, samples, a curve and records to --output_dir; an interrupted run goes
 """
 
 from hf_igpt.data import DataArguments
-from hf_igpt.training import ModelArguments, PretrainingArguments, parse_arguments, pretrain
+from hf_igpt.training import ModelArguments, PretrainingArguments, pretrain, run_script
 
 
 if __name__ == "__main__":
-    pretrain(*parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description=__doc__))
+    run_script(pretrain, ModelArguments, DataArguments, PretrainingArguments, description=__doc__)

@@ -157,7 +157,9 @@ def load_palette(path: str | Path) -> np.ndarray:
     path = Path(path)
     file = path / "preprocessor_config.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"No palette at {file}: give a .npy file, a preprocessor_config.json or a folder that holds one.")
+        raise ValueError(
+            f"No palette at {file}: give a .npy file, a preprocessor_config.json or a folder that holds one."
+        )
     if file.suffix == ".npy":
         return check_palette(np.load(file, allow_pickle=False))
     if file.suffix == ".json":

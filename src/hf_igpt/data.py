@@ -35,7 +35,9 @@ class DataArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Dataset on the Hub, or a path `load_dataset` reads. Without it and --train_dir: the digits."},
+        metadata={
+            "help": "Dataset on the Hub, or a path `load_dataset` reads. Without it and --train_dir: the digits."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     train_dir: str | None = field(
@@ -44,7 +46,8 @@ class DataArguments:
     )
     validation_dir: str | None = field(default=None, metadata={"help": "Like --train_dir, for the held-out images."})
     image_column_name: str | None = field(
-        default=None, metadata={"help": 'Column of the images. Default: "image", "img", or the first that holds images.'}
+        default=None,
+        metadata={"help": 'Column of the images. Default: "image", "img", or the first that holds images.'},
     )
     label_column_name: str | None = field(
         default=None, metadata={"help": 'Column of the classes, if any. Default: "label", "labels" or "fine_label".'}
@@ -69,7 +72,10 @@ class DataArguments:
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images, left to right."})
     on_bad_image: str = field(
         default="error",
-        metadata={"help": "What an unreadable image does: stop with its name, or be left out.", "choices": ["error", "skip"]},
+        metadata={
+            "help": "What an unreadable image does: stop with its name, or be left out.",
+            "choices": ["error", "skip"],
+        },
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     data_cache_dir: str | None = field(default=None, metadata={"help": "Where `datasets` keeps its cache."})
@@ -83,7 +89,10 @@ class DataArguments:
         """A name for records: no path of this machine."""
         if self.is_embedded:
             return "scikit-learn digits"
-        return self.dataset_name or Path(self.train_dir).name
+        if self.dataset_name is not None:
+            return Path(self.dataset_name).name if Path(self.dataset_name).exists() else self.dataset_name
+        path = Path(self.train_dir)
+        return path.parent.name if "*" in path.name else path.stem
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -247,7 +256,9 @@ def _read_batch(cells, indices, on_bad_image: str):
 # -- palette -----------------------------------------------------------------------------------------------------------
 
 
-def sample_pixels(dataset, n_pixels: int, image_size: int, center_crop: bool = True, seed: int = 0, on_bad_image="error"):
+def sample_pixels(
+    dataset, n_pixels: int, image_size: int, center_crop: bool = True, seed: int = 0, on_bad_image="error"
+):
     """About `n_pixels` pixels (n, 3) uint8 drawn evenly from all images of a dataset of `load_images`, seeded.
 
     Images are first brought to `image_size`, as they will be for their tokens. Fewer pixels than asked: all of them.

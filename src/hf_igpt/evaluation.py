@@ -62,7 +62,9 @@ def markdown_table(records: list[Record]) -> str:
     """Records as a Markdown table: model, data, metric, value."""
     lines = ["| what | data | images | value |", "|---|---|---|---|"]
     for record in records:
-        lines.append(f"| {record.model} | {record.data}, {record.split} | {record.n:,} | {record.value:.4g} {record.unit} |")
+        lines.append(
+            f"| {record.model} | {record.data}, {record.split} | {record.n:,} | {record.value:.4g} {record.unit} |"
+        )
     return "\n".join(lines)
 
 

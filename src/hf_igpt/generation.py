@@ -1,9 +1,15 @@
 """Drawing images: `sample()` from nothing, `complete()` from the upper rows of given images."""
 
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import torch
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import AutoImageProcessor, AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.utils.logging import tqdm
+
+from . import data, plots
 
 
 def sample(
@@ -120,7 +126,9 @@ def _continue(model, processor, prompts, seed, temperature, top_k, top_p, batch_
     try:
         with (
             torch.random.fork_rng(devices=devices, enabled=seed is not None),
-            tqdm(total=len(prompts) * n_missing, desc="Drawing", unit="pixel", disable=not progress, leave=False) as bar,
+            tqdm(
+                total=len(prompts) * n_missing, desc="Drawing", unit="pixel", disable=not progress, leave=False
+            ) as bar,
         ):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -142,3 +150,60 @@ def _continue(model, processor, prompts, seed, temperature, top_k, top_p, batch_
     return torch.cat(finished)
 
 
+@dataclass
+class SampleArguments:
+    """What to draw, with which model."""
+
+    model_name_or_path: str = field(metadata={"help": "Trained model with its image processor: folder or Hub name."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the pictures go. Default: the model's folder."}
+    )
+    num_images: int = field(
+        default=0, metadata={"help": "Images drawn from nothing. Default: 16 if nothing is completed."}
+    )
+    images: list[str] = field(default_factory=list, metadata={"help": "Image files to complete."})
+    num_held_out: int = field(
+        default=0, metadata={"help": "Complete this many held-out images of the dataset (the digits by default)."}
+    )
+    rows: int | None = field(default=None, metadata={"help": "Upper rows kept of each image. Default: half of them."})
+    num_completions: int = field(default=5, metadata={"help": "Completions of each image."})
+    temperature: float = field(default=1.0, metadata={"help": "Softmax temperature (paper: 1)."})
+    top_k: int = field(default=0, metadata={"help": "Draw among this many likeliest colours only; 0: all (paper)."})
+    top_p: float = field(default=1.0, metadata={"help": "Draw among the likeliest colours of this total probability."})
+    seed: int = field(default=42, metadata={"help": "Seed of the drawing; and, as in training, of the held-out split."})
+    batch_size: int = field(default=64, metadata={"help": "Images drawn at once."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
+
+
+def draw(args: SampleArguments, data_args) -> list[Path]:
+    """Write `samples.png` and `completions.png` as the arguments ask; returns their paths."""
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    _check_fit(model, processor)
+    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    given = [data.read_image({"bytes": None, "path": path}) for path in args.images]
+    if args.num_held_out:
+        held_out = data.load_images(data_args, seed=args.seed)["validation"]
+        cells = held_out.select(range(min(args.num_held_out, len(held_out))))[data.IMAGE]
+        given += [data.read_image(cell) for cell in cells]
+    folder = Path(args.output_dir or args.model_name_or_path)
+    if args.output_dir is None and not folder.is_dir():
+        raise ValueError("Give --output_dir: the model is on the Hub, so there is no folder of its own to write to.")
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {name: getattr(args, name) for name in ("seed", "temperature", "top_k", "top_p", "batch_size")}
+    written = []
+    num_images = args.num_images or (0 if given else 16)
+    if num_images:
+        start = time.perf_counter()
+        pictures = sample(model, processor, num_images, **options)
+        print(f"Drew {num_images} images, {(time.perf_counter() - start) / num_images * 1000:.0f} ms each")
+        written.append(folder / "samples.png")
+        plots.square_grid(pictures).save(written[-1])
+    if given:
+        completions = complete(model, processor, given, args.rows, args.num_completions, **options)
+        written.append(folder / "completions.png")
+        rows = picture_of_completions(processor, given, completions, args.rows)
+        plots.completions_picture(rows).save(written[-1])
+    for path in written:
+        print(f"Wrote {path}")
+    return written

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import PILImageResampling, is_pil_image
+from transformers.image_utils import PILImageResampling, is_pil_image, load_image
 from transformers.processing_utils import ImagesKwargs
 
 from .clusters import check_palette, colors_of, nearest_color
@@ -54,12 +54,12 @@ class _ColorQuantization:
         super().__init__(clusters=None if clusters is None else check_palette(clusters), **kwargs)
 
     def fetch_images(self, image_url_or_urls):
-        """Images behind paths and URLs; one that cannot be read is a ValueError that names it."""
+        """Images behind paths and URLs, by PIL in both backends. One that cannot be read is a ValueError naming it."""
         if not isinstance(image_url_or_urls, str):
             return super().fetch_images(image_url_or_urls)
         try:
-            return super().fetch_images(image_url_or_urls)
-        except (OSError, ValueError, RuntimeError) as error:
+            return load_image(image_url_or_urls)
+        except (OSError, ValueError) as error:
             raise ValueError(f"Cannot read the image {image_url_or_urls[:200]}: {error}") from error
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3):

@@ -144,9 +144,7 @@ class ImageGPTBlock(GradientCheckpointingLayer):
         self.mlp = ImageGPTMLP(config)
 
     def forward(self, x: torch.Tensor, past_key_values: Cache | None = None, attention_mask=None, **kwargs):
-        attended, _ = self.attn(
-            self.ln_1(x), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
+        attended, _ = self.attn(self.ln_1(x), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
         x = x + attended
         return x + self.mlp(self.ln_2(x))
 
@@ -343,12 +341,11 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             if labels_alone:
                 input_ids = self._shift_right(labels)
                 use_cache = bool(use_cache)
-            elif input_ids is not None and not torch.compiler.is_compiling():
-                if not (input_ids[:, 0] == self.config.sos_token_id).all():
-                    logger.warning_once(
-                        "`input_ids` beside `labels` do not start with SOS: pixel 0 is never scored. "
-                        "`model(labels=tokens)` alone adds SOS and scores every pixel."
-                    )
+            elif input_ids is not None and not torch.compiler.is_compiling() and not self._starts_with_sos(input_ids):
+                logger.warning_once(
+                    "`input_ids` beside `labels` do not start with SOS: pixel 0 is never scored. "
+                    "`model(labels=tokens)` alone adds SOS and scores every pixel."
+                )
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -379,8 +376,13 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
     def _shift_right(self, labels: torch.LongTensor) -> torch.LongTensor:
         """(B, N) pixels -> [SOS, x_0 … x_{N-2}], what each of them is predicted from [code src/model.py]."""
         if not torch.compiler.is_compiling() and not labels.is_meta and (labels == IGNORE_INDEX).any():
-            raise ValueError("`labels` with −100 say nothing of the pixels fed: pass `input_ids` (SOS first) beside them.")
+            raise ValueError(
+                "`labels` with −100 say nothing of the pixels fed: pass `input_ids` (SOS first) beside them."
+            )
         return nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.sos_token_id)
+
+    def _starts_with_sos(self, input_ids: torch.LongTensor) -> bool:
+        return bool((input_ids[:, :1] == self.config.sos_token_id).all())
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
@@ -420,7 +422,7 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
                     f"{length} tokens were asked for; SOS and the {whole - 1} pixels of an image make {whole}. "
                     "Lower max_length or max_new_tokens, or leave them out for whole images."
                 )
-        if prompt is not None and prompt.ndim == 2 and not (prompt[:, :1] == self.config.sos_token_id).all():
+        if prompt is not None and prompt.ndim == 2 and not self._starts_with_sos(prompt):
             logger.warning_once(
                 f"The prompt does not start with SOS ({self.config.sos_token_id}): every pixel stands one position "
                 "before the one it was trained at."

@@ -95,7 +95,9 @@ def training_curve(log_history: list[dict], baselines: dict[str, float] | None =
             axis.plot(*zip(*points, strict=True), label=label, marker="." if key != "loss" else None)
     for name, value in (baselines or {}).items():
         axis.axhline(value, color="grey", linewidth=0.7, linestyle="--")
-        axis.annotate(name.replace("_", " "), (1, value), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+        axis.annotate(
+            name.replace("_", " "), (1, value), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom"
+        )
     axis.set_xlabel("images seen")
     axis.set_ylabel("nats per pixel")
     axis.legend()

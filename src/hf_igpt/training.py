@@ -52,7 +52,9 @@ class ModelArguments:
     )
     image_processor_name: str | None = field(
         default=None,
-        metadata={"help": "Image processor (folder or Hub name) or palette (.npy, .json). Default: fitted on the images."},
+        metadata={
+            "help": "Image processor (folder or Hub name) or palette (.npy, .json). Default: fitted on the images."
+        },
     )
     num_colors: int | None = field(
         default=None, metadata={"help": "Colours K of a palette fitted here. Default: 512; 16 for the digits."}
@@ -75,7 +77,9 @@ class PretrainingArguments(TrainingArguments):
     )
     max_minutes: float | None = field(
         default=None,
-        metadata={"help": "End after this many minutes; the learning rate decays by the clock if that is ahead of the steps."},
+        metadata={
+            "help": "End after this many minutes; the learning rate decays by the clock if that is ahead of the steps."
+        },
     )
     warmup_epochs: float | None = field(
         default=None, metadata={"help": "Epochs of linear warm-up; --warmup_steps overrides. Default: 1 (paper A.1)."}
@@ -84,7 +88,9 @@ class PretrainingArguments(TrainingArguments):
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: the preset's."})
     per_device_train_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Images per process and forward. Default: the preset's batch over processes and accumulation."},
+        metadata={
+            "help": "Images per process and forward. Default: the preset's batch over processes and accumulation."
+        },
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per process in evaluation."})
     num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs. Default: the preset's."})
@@ -92,7 +98,9 @@ class PretrainingArguments(TrainingArguments):
     adam_beta1: float = field(default=ADAM_BETAS[0], metadata={"help": "Adam's first beta (paper A.1)."})
     adam_beta2: float = field(default=ADAM_BETAS[1], metadata={"help": "Adam's second beta (paper A.1)."})
     weight_decay: float = field(default=WEIGHT_DECAY, metadata={"help": "Weight decay (paper A.1: none)."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after warm-up (paper A.1: cosine to 0)."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Schedule after warm-up (paper A.1: cosine to 0)."}
+    )
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
     eval_steps: float | None = field(default=0.1, metadata={"help": "Steps between evaluations, or a fraction of all."})
     save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints, or a fraction of all."})
@@ -100,7 +108,9 @@ class PretrainingArguments(TrainingArguments):
         default=1, metadata={"help": "Checkpoints kept, beside the best. The last is always kept."}
     )
     logging_steps: float = field(default=0.02, metadata={"help": "Steps between log lines, or a fraction of all."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Write the best model, not the last, to output_dir."})
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Write the best model, not the last, to output_dir."}
+    )
     metric_for_best_model: str | None = field(default="nats_per_pixel", metadata={"help": "Metric of the best model."})
     greater_is_better: bool | None = field(default=False, metadata={"help": "Whether a greater metric is better."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator."})
@@ -350,7 +360,9 @@ def _processor(model_args, data_args, args, checkpoint, train_images):
         if data_args.image_size and processor._grid() != (image_size, image_size):
             processor.size = {"height": image_size, "width": image_size}
         if processor.clusters is None:
-            raise ValueError(f"The image processor of {source} has no palette: name another, or leave it out to fit one.")
+            raise ValueError(
+                f"The image processor of {source} has no palette: name another, or leave it out to fit one."
+            )
         if model_args.num_colors not in (None, len(processor.clusters)):
             raise ValueError(
                 f"--num_colors {model_args.num_colors}: the palette of {source} has {len(processor.clusters)} colours."
@@ -365,8 +377,11 @@ def _processor(model_args, data_args, args, checkpoint, train_images):
             )
             palette = clusters.fit_palette(pixels, n_colors, args.seed, progress=True)
             lost = clusters.distortion(pixels, palette)
-            _say(args, f"Palette: {n_colors} colours, distortion {lost['rmse_grey_levels']:.2f} grey levels RMSE, "
-                       f"{lost['psnr_db']:.2f} dB PSNR")
+            _say(
+                args,
+                f"Palette: {n_colors} colours, distortion {lost['rmse_grey_levels']:.2f} grey levels RMSE, "
+                f"{lost['psnr_db']:.2f} dB PSNR",
+            )
             make_processor(palette, image_size, data_args.center_crop).save_pretrained(folder)
             plots.palette_picture(palette).save(folder / "palette.png")
         else:
@@ -407,8 +422,10 @@ def _tokens(splits, processor, data_args, args):
         images = splits["train"]
         if data_args.random_crop and data_args.on_bad_image == "skip":
             images = data.readable(images, data_args.preprocessing_num_workers)
-        tokens = None if data_args.random_crop else data.tokenize(
-            images, processor, desc="Tokenising training images", **tokenizing
+        tokens = (
+            None
+            if data_args.random_crop
+            else data.tokenize(images, processor, desc="Tokenising training images", **tokenizing)
         )
     per_step = _images_per_step(args)
     if len(images if tokens is None else tokens) < per_step:
@@ -487,18 +504,84 @@ def _summary(args, records):
     _say(args, f"Next: python scripts/run_sample.py --model_name_or_path {args.output_dir} --num_images 16")
 
 
-def parse_arguments(*dataclasses, description: str):
-    """Command-line flags, or one .json, .yaml or .yml file of the same names, as instances of `dataclasses`.
+@dataclass
+class ClustersArguments:
+    """Which palette."""
 
-    Bad arguments end the program with one line, as argparse does.
-    """
+    output_dir: str = field(
+        default="outputs/palette", metadata={"help": "Where the processor and pictures are written."}
+    )
+    num_colors: int | None = field(
+        default=None, metadata={"help": "Colours K. Default: 512 (paper 3.2); 16 for the digits."}
+    )
+    num_pixels: int = field(default=1_000_000, metadata={"help": "Pixels sampled, evenly from all images."})
+    palette: str | None = field(
+        default=None, metadata={"help": "Fit nothing: take this palette (.npy, .json or a processor's folder)."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of the sampling, of k-means and of the held-out split."})
+
+
+def fit_clusters(args: ClustersArguments, data_args: data.DataArguments) -> list[evaluation.Record]:
+    """Fit (or read) a palette, measure its distortion on held-out images, and write it as an image processor."""
+    folder = Path(args.output_dir)
+    files = {"preprocessor_config.json", "palette.npy", "palette.png", RECORD}
+    strange = {entry.name for entry in folder.iterdir()} - files if folder.is_dir() else set()
+    if strange:
+        raise ValueError(
+            f"{folder} holds something else ({', '.join(sorted(strange)[:5])}): give another --output_dir."
+        )
+    palette = clusters.load_palette(args.palette) if args.palette else None
+    image_size = data_args.image_size or (DIGITS_IMAGE_SIZE if data_args.is_embedded else IMAGE_SIZE)
+    splits = data.load_images(data_args, seed=args.seed)
+    sampling = (args.num_pixels, image_size, data_args.center_crop, args.seed, data_args.on_bad_image)
+    if palette is None:
+        n_colors = args.num_colors or (DIGITS_N_COLORS if data_args.is_embedded else N_COLORS)
+        palette = clusters.fit_palette(
+            data.sample_pixels(splits["train"], *sampling), n_colors, args.seed, progress=True
+        )
+    lost = clusters.distortion(data.sample_pixels(splits["validation"], *sampling), palette)
+    make_processor(palette, image_size, data_args.center_crop).save_pretrained(folder)
+    np.save(folder / "palette.npy", palette)
+    plots.palette_picture(palette).save(folder / "palette.png")
+    records = [
+        evaluation.Record(
+            metric=metric,
+            value=value,
+            unit={"rmse_grey_levels": "grey levels", "psnr_db": "dB"}[metric],
+            split="held out",
+            n=len(splits["validation"]),
+            seed=args.seed,
+            model=f"palette of {len(palette)} colours" + (f" from {Path(args.palette).name}" if args.palette else ""),
+            data=f"{data_args.name()}, {image_size}x{image_size}",
+            hardware=evaluation.hardware(),
+        )
+        for metric, value in lost.items()
+    ]
+    evaluation.write_records(folder / RECORD, records)
+    print(
+        f"{len(palette)} colours; on held-out images: {lost['rmse_grey_levels']:.3f} grey levels RMSE, "
+        f"{lost['psnr_db']:.2f} dB PSNR"
+    )
+    print(f"Wrote the image processor, palette.npy, palette.png and records to {folder}")
+    print(f"Next: python scripts/run_pretrain.py --image_processor_name {folder}")
+    return records
+
+
+def parse_arguments(*dataclasses, description: str):
+    """Command-line flags, or one .json, .yaml or .yml file of the same names, as instances of `dataclasses`."""
     parser = HfArgumentParser(
         dataclasses, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
+        parse = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
+        return parse(sys.argv[1])
+    return parser.parse_args_into_dataclasses()
+
+
+def run_script(function, *dataclasses, description: str):
+    """Call `function` with what `parse_arguments` gives; what it refuses ends the program in one line and status 2."""
     try:
-        if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
-            parse = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
-            return parse(sys.argv[1])
-        return parser.parse_args_into_dataclasses()
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+        function(*parse_arguments(*dataclasses, description=description))
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

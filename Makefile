@@ -1,0 +1,45 @@
+# Every target does its own set-up, in $(VENV), from a fresh clone.
+VENV ?= .venv
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
+DEMO = outputs/demo
+TORCHVISION = $(VENV)/torchvision
+
+.PHONY: demo test test-floor lint clean
+
+demo: $(VENV)/installed  ## learn from the digits and draw, in minutes
+	rm -rf $(DEMO)
+	$(VENV)/bin/python scripts/run_pretrain.py --output_dir $(DEMO) --max_minutes 2.5
+	$(VENV)/bin/python scripts/run_sample.py --model_name_or_path $(DEMO) --num_images 64 --num_held_out 6
+
+test: $(VENV)/installed-test $(TORCHVISION)/installed  ## the whole suite
+	HF_IGPT_TORCHVISION=$(abspath $(TORCHVISION)) $(VENV)/bin/python -m pytest
+
+# The lowest versions that setup.cfg admits of the two packages whose interfaces move.
+test-floor:
+	$(MAKE) test VENV=.venv-floor CONSTRAINTS=tests/constraints-floor.txt
+
+lint: $(VENV)/installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf .venv .venv-floor outputs build src/*.egg-info
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: setup.cfg pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/pip
+	@echo "Setting up $(VENV) (a minute, more where wheels are downloaded)"
+	$(PIP) -c $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) -c $(CONSTRAINTS) -e ".[test,lint]"
+	touch $@
+
+# Beside the environment, not in it: its builds on PyPI do not import next to a CPU build of torch.
+$(TORCHVISION)/installed: $(CONSTRAINTS) | $(VENV)/bin/pip
+	$(PIP) -c $(CONSTRAINTS) --no-deps --upgrade --target $(TORCHVISION) torchvision
+	touch $@

@@ -1,0 +1,16 @@
+"""Fit a colour palette to images by k-means, and save it as a ready image processor.
+
+    python scripts/run_clusters.py --num_colors 16                        # the digits, seconds
+    python scripts/run_clusters.py --dataset_name uoft-cs/cifar10 --output_dir cifar10-palette   # about 2 minutes
+
+Prints the palette's distortion on held-out images: 512 colours lose about 4.8 grey levels RMSE (34.6 dB) of CIFAR-10 at
+16x16. Writes preprocessor_config.json, palette.npy, palette.png and records.json to --output_dir. With
+--palette FILE nothing is fitted: OpenAI's kmeans_centers.npy, or another processor's JSON, is measured and saved.
+"""
+
+from hf_igpt.data import DataArguments
+from hf_igpt.training import ClustersArguments, fit_clusters, run_script
+
+
+if __name__ == "__main__":
+    run_script(fit_clusters, ClustersArguments, DataArguments, description=__doc__)

@@ -1,0 +1,17 @@
+"""Draw images with a trained Image GPT: from nothing, or completing the upper rows of given images.
+
+    python scripts/run_sample.py --model_name_or_path outputs/pretrain --num_images 16
+    python scripts/run_sample.py --model_name_or_path outputs/pretrain --images cat.png dog.png --rows 4
+    python scripts/run_sample.py --model_name_or_path outputs/pretrain --num_held_out 6      # held-out digits
+
+Seconds for small models. Writes samples.png, completions.png (original, given part, completions) to --output_dir.
+Temperature 1 and nothing truncated, as in the paper, unless told otherwise.
+"""
+
+from hf_igpt.data import DataArguments
+from hf_igpt.generation import SampleArguments, draw
+from hf_igpt.training import run_script
+
+
+if __name__ == "__main__":
+    run_script(draw, SampleArguments, DataArguments, description=__doc__)

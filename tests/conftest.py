@@ -1,0 +1,54 @@
+"""Shared fixtures: small random models and palettes. Nothing is downloaded."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+
+if os.environ.get("HF_IGPT_STUB_TORCHVISION"):
+    # torchvision's builds on PyPI are for CUDA builds of torch and do not import beside a CPU build, for want of their
+    # compiled operators. The processors use its Python code alone, so empty operators are enough to test them.
+    torchvision_operators = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        torchvision_operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def palette():
+    """64 distinct random colours (64, 3) in [-1, 1]."""
+    return np.random.default_rng(0).uniform(-1, 1, (64, 3))
+
+
+def small_config(**overrides) -> ImageGPTConfig:
+    """3 blocks of width 32, 4 heads, 8x8 pixels, 16 colours."""
+    shape = {"image_size": 8, "n_colors": 16, "n_layer": 3, "n_embd": 32, "n_head": 4}
+    return ImageGPTConfig.from_preset("tiny", **(shape | overrides))
+
+
+def randomized(model, std: float = 0.2):
+    """`model` with every parameter drawn anew, norms' gains around 1, so that nothing is zero by initialisation."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=1.0 if ".ln_" in name else 0.0, std=std)
+    return model.eval()
+
+
+@pytest.fixture
+def model():
+    """A small random causal model, bias-free, in evaluation mode."""
+    return randomized(ImageGPTForCausalImageModeling(small_config()))
+
+
+@pytest.fixture
+def tokens():
+    """(4, 64) random tokens of 16 colours."""
+    return torch.randint(0, 16, (4, 64))

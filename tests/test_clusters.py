@@ -1,0 +1,121 @@
+"""The palette: exactness of the nearest colour, the fit, and reading files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hf_igpt.clusters import (
+    check_palette,
+    colors_of,
+    distortion,
+    fit_palette,
+    load_palette,
+    nearest_color,
+    to_grey_levels,
+    to_unit_range,
+)
+
+
+def brute_force(pixels, palette):
+    """The lowest index of the smallest float64 distance, one pixel at a time."""
+    nearest = []
+    for r, g, b in to_unit_range(pixels.reshape(-1, 3)):
+        distances = [(r - c[0]) ** 2 + (g - c[1]) ** 2 + (b - c[2]) ** 2 for c in palette]
+        nearest.append(min(range(len(palette)), key=lambda i: (distances[i], i)))
+    return np.reshape(nearest, pixels.shape[:-1])
+
+
+@pytest.mark.parametrize("kind", ["random", "greys", "duplicates", "one", "float32"])
+def test_nearest_color_is_brute_force(kind, palette):
+    rng = np.random.default_rng(1)
+    if kind == "greys":
+        palette = np.repeat(np.linspace(-1, 1, 33)[:, None], 3, axis=1)
+    if kind == "duplicates":
+        palette = np.concatenate([palette[:20], palette[:20]])
+    if kind == "one":
+        palette = palette[:1]
+    if kind == "float32":
+        palette = palette.astype(np.float32).astype(np.float64)
+    pixels = rng.integers(0, 256, (40, 25, 3), dtype=np.uint8)
+    expected = brute_force(pixels, palette)
+    assert np.array_equal(nearest_color(pixels, palette), expected)
+    assert np.array_equal(nearest_color(pixels, palette), expected)  # from the table this time
+    assert np.array_equal(nearest_color(to_unit_range(pixels), palette), expected)  # the path of floats
+    assert nearest_color(pixels, palette).dtype == np.int64
+
+
+def test_ties_go_to_the_lowest_index():
+    palette = to_unit_range(np.array([[255, 255, 255], [10, 0, 0], [0, 10, 0], [10, 0, 0]]))
+    assert nearest_color(np.array([[0, 0, 0], [10, 0, 0]], dtype=np.uint8), palette).tolist() == [1, 1]
+
+
+def test_tables_of_palettes_do_not_mix(palette):
+    pixels = np.random.default_rng(2).integers(0, 256, (500, 3), dtype=np.uint8)
+    for colors in (palette, palette[::-1].copy(), palette[:7]):
+        assert np.array_equal(nearest_color(pixels, colors), brute_force(pixels, colors))
+
+
+def test_colors_of_inverts_the_quantisation(palette):
+    tokens = np.arange(len(palette))
+    levels = colors_of(tokens, palette)
+    assert levels.dtype == np.uint8
+    assert np.array_equal(nearest_color(levels, palette), tokens)
+    assert np.array_equal(to_grey_levels(to_unit_range(np.arange(256))), np.arange(256))
+
+
+def test_fit_is_seeded_distinct_and_near_optimal():
+    pixels = np.random.default_rng(0).integers(0, 256, (3000, 3), dtype=np.uint8)
+    fitted = fit_palette(pixels, 32, seed=1)
+    assert fitted.shape == (32, 3) and len(np.unique(fitted, axis=0)) == 32
+    assert np.array_equal(fitted, fit_palette(pixels, 32, seed=1))
+    # Lloyd has converged: each colour is the mean of its own pixels.
+    own = nearest_color(to_unit_range(pixels), fitted)
+    means = np.stack([to_unit_range(pixels)[own == k].mean(axis=0) for k in range(32)])
+    assert np.abs(means - fitted).max() < 1e-4
+    random_colors = to_unit_range(pixels[:32])
+    assert distortion(pixels, fitted)["psnr_db"] > distortion(pixels, random_colors)["psnr_db"] + 1
+
+
+def test_fit_of_as_many_colors_as_there_are_is_lossless():
+    pixels = np.repeat(np.arange(0, 256, 15, dtype=np.uint8)[:, None], 3, axis=1)
+    assert distortion(pixels, fit_palette(pixels, len(pixels)))["rmse_grey_levels"] == 0
+
+
+def test_fewer_colors_in_the_data_than_asked():
+    pixels = np.repeat(np.arange(5, dtype=np.uint8)[:, None], 3, axis=1)
+    with pytest.raises(ValueError, match="5 distinct colours, fewer than the 6 asked for"):
+        fit_palette(pixels, 6)
+
+
+def test_distortion_by_hand():
+    palette = to_unit_range(np.array([[0, 0, 0], [200, 200, 200]]))
+    found = distortion(np.array([[0, 0, 3], [200, 200, 200]], dtype=np.uint8), palette)
+    assert found["rmse_grey_levels"] == pytest.approx(np.sqrt(9 / 6))
+    assert found["psnr_db"] == pytest.approx(20 * np.log10(255 / np.sqrt(1.5)))
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros((3, 4)), np.zeros(3), np.zeros((0, 3)), np.full((2, 3), 128.0), [[np.nan] * 3]]
+)
+def test_bad_palettes(bad):
+    with pytest.raises(ValueError, match=r"shape|\[-1, 1\]"):
+        check_palette(bad)
+
+
+def test_load_palette(tmp_path, palette):
+    openai = palette.astype(np.float32)  # as kmeans_centers.npy
+    np.save(tmp_path / "kmeans_centers.npy", openai)
+    assert np.array_equal(load_palette(tmp_path / "kmeans_centers.npy"), openai.astype(np.float64))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"clusters": palette.tolist()}))
+    assert np.array_equal(load_palette(tmp_path), palette)
+    assert np.array_equal(load_palette(tmp_path / "preprocessor_config.json"), palette)
+    (tmp_path / "empty.json").write_text("{}")
+    for bad in ("empty.json", "missing.npy", "nothing"):
+        with pytest.raises(ValueError, match="palette|clusters"):
+            load_palette(tmp_path / bad)
+
+
+def test_tokens_out_of_the_palette(palette):
+    with pytest.raises(ValueError, match=r"0\.\.63; found 0\.\.64"):
+        colors_of(np.array([0, 64]), palette)

@@ -1,0 +1,283 @@
+"""Sources, splits, columns, cached tokens, augmentation, unreadable images. All data are made here."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_igpt import ImageGPTImageProcessorPil
+from hf_igpt.clusters import nearest_color
+from hf_igpt.data import (
+    DataArguments,
+    ImageTokens,
+    collate_tokens,
+    digits,
+    load_images,
+    random_crop,
+    read_image,
+    readable,
+    sample_pixels,
+    stream_tokens,
+    token_array,
+    tokenize,
+)
+
+
+RNG = np.random.default_rng(0)
+
+
+def picture(seed, size=(12, 10)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def processor(palette):
+    return ImageGPTImageProcessorPil(clusters=palette, size=8, do_center_crop=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """40 images of two classes, in subfolders."""
+    for i in range(40):
+        target = tmp_path / "images" / ("cat" if i % 2 else "dog") / f"{i:02}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(target)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """30 images in a parquet file without any metadata of `datasets`."""
+    import pandas
+
+    cells = []
+    for i in range(30):
+        buffer = io.BytesIO()
+        picture(i).save(buffer, "PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": f"{i}.png"})
+    (tmp_path / "parquet").mkdir()
+    pandas.DataFrame({"img": cells, "labels": [i % 3 for i in range(30)]}).to_parquet(
+        tmp_path / "parquet" / "part.parquet"
+    )
+    return tmp_path / "parquet"
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    dataset = digits()
+    assert len(dataset) == 1797 and dataset.features["label"].num_classes == 10
+    scan = np.asarray(read_image(dataset[5]["image"]))
+    assert np.array_equal(scan, np.rint(load_digits().images[5] * 255 / 16))
+
+
+def test_default_split_of_the_digits_is_seeded():
+    first, again, other = (load_images(DataArguments(), seed=seed) for seed in (1, 1, 2))
+    assert (len(first["train"]), len(first["validation"])) == (1438, 359)
+    assert first["train"]["label"][:50] == again["train"]["label"][:50] != other["train"]["label"][:50]
+
+
+def test_image_folder(folder):
+    splits = load_images(DataArguments(train_dir=str(folder), train_val_split=0.1))
+    assert (len(splits["train"]), len(splits["validation"])) == (36, 4)
+    assert splits["train"].features["label"].names == ["cat", "dog"]
+    splits = load_images(DataArguments(train_dir=str(folder / "cat"), validation_dir=str(folder / "dog")))
+    assert (len(splits["train"]), len(splits["validation"])) == (20, 20)
+    splits = load_images(DataArguments(train_dir=str(folder), max_train_samples=7, max_eval_samples=1))
+    assert (len(splits["train"]), len(splits["validation"])) == (7, 1)  # 4 % of 40 held out
+
+
+def test_parquet_and_guessed_columns(parquet):
+    for place in (parquet, parquet / "part.parquet", parquet / "*.parquet"):
+        splits = load_images(DataArguments(train_dir=str(place), train_val_split=0.2))
+        assert set(splits["train"].column_names) == {"image", "label"} and len(splits["train"]) == 24
+        assert read_image(splits["train"][0]["image"]).size == (12, 10)
+
+
+def test_parquet_folder_with_named_splits(parquet):
+    (parquet / "part.parquet").rename(parquet / "train-00000-of-00001.parquet")
+    datasets.Dataset.from_parquet(str(parquet / "*.parquet")).select(range(5)).to_parquet(
+        parquet / "validation-00000.parquet"
+    )
+    splits = load_images(DataArguments(train_dir=str(parquet)))
+    assert (len(splits["train"]), len(splits["validation"])) == (30, 5)
+
+
+def test_dataset_by_name(folder, tmp_path):
+    """What `load_dataset` takes by name: here a folder with a train and a validation split."""
+    for split in ("train", "validation"):
+        (tmp_path / "named" / split).mkdir(parents=True)
+        for i in range(6):
+            picture(i).save(tmp_path / "named" / split / f"{i}.png")
+    splits = load_images(DataArguments(dataset_name=str(tmp_path / "named")))
+    assert (len(splits["train"]), len(splits["validation"])) == (6, 6)
+
+
+def test_chosen_columns(tmp_path):
+    rows = {"photo": [picture(i) for i in range(4)], "thumb": [picture(i + 9) for i in range(4)], "kind": [0, 1, 2, 3]}
+    datasets.Dataset.from_dict(rows).cast_column("thumb", datasets.Image()).to_parquet(tmp_path / "p.parquet")
+    arguments = DataArguments(
+        train_dir=str(tmp_path), image_column_name="thumb", label_column_name="kind", train_val_split=0.25
+    )
+    row = load_images(arguments)["train"][0]
+    assert np.array_equal(np.asarray(read_image(row["image"])), np.asarray(picture(row["label"] + 9)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_column_name": "picture"}, "picture is not in the dataset; its columns are image, label"),
+        ({"label_column_name": "kind"}, "--label_column_name kind"),
+        ({"dataset_name": "x"}, "not both"),
+        ({"train_val_split": 1.5}, "between 0 and 1"),
+    ],
+)
+def test_bad_arguments(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_images(DataArguments(train_dir=str(folder), **options))
+
+
+def test_no_images(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path, tmp_path / "empty", tmp_path / "nowhere", tmp_path / "none.parquet"):
+        with pytest.raises(ValueError, match="No images could be loaded"):
+            load_images(DataArguments(train_dir=str(place)))
+
+
+def test_tokens_are_the_processors_and_small(folder, processor, palette):
+    images = load_images(DataArguments(train_dir=str(folder)))["train"]
+    tokens = tokenize(images, processor)
+    assert tokens.features["input_ids"] == datasets.List(datasets.Value("uint8"), length=64)
+    expected = [processor(read_image(cell))["input_ids"][0] for cell in images["image"]]
+    assert np.array_equal(token_array(tokens), expected) and token_array(tokens).dtype == np.uint16
+    assert tokens["label"] == images["label"]
+    many = ImageGPTImageProcessorPil(clusters=np.concatenate([palette] * 5), size=8)
+    assert tokenize(images, many).features["input_ids"].feature.dtype == "uint16"
+    assert np.array_equal(token_array(tokenize(images, processor, num_proc=2)), expected)
+
+
+def test_tokens_are_cached_on_disk(folder, processor, palette, monkeypatch):
+    arguments = DataArguments(train_dir=str(folder))
+    first = tokenize(load_images(arguments)["train"], processor)
+    assert first.cache_files
+    monkeypatch.setattr(ImageGPTImageProcessorPil, "__call__", lambda *args, **kwargs: pytest.fail("tokenised again"))
+    again = tokenize(load_images(arguments)["train"], ImageGPTImageProcessorPil.from_dict(processor.to_dict()))
+    assert np.array_equal(token_array(first), token_array(again))
+    with pytest.raises(BaseException, match="tokenised again"):  # another palette, other tokens
+        tokenize(load_images(arguments)["train"], ImageGPTImageProcessorPil(clusters=palette[::-1], size=8))
+
+
+def test_sampled_pixels_come_from_all_images(folder):
+    images = load_images(DataArguments(train_dir=str(folder)))["train"]
+    everything = sample_pixels(images, 10**6, image_size=8)
+    assert everything.shape == (len(images) * 64, 3) and everything.dtype == np.uint8
+    some = sample_pixels(images, 200, image_size=8, seed=1)
+    assert some.shape == (200, 3)
+    assert np.array_equal(some, sample_pixels(images, 200, image_size=8, seed=1))
+    assert {tuple(p) for p in some} <= {tuple(p) for p in everything}
+
+
+def test_epochs_flip_anew_and_alike_everywhere(folder, processor):
+    tokens = tokenize(load_images(DataArguments(train_dir=str(folder)))["train"], processor)
+    plain = np.stack(ImageTokens(tokens, processor).__getitems__(range(len(tokens))))
+    mirrored = plain.reshape(-1, 8, 8)[:, :, ::-1].reshape(plain.shape)
+    flips = []
+    for epoch in range(4):
+        dataset = ImageTokens(tokens, processor, random_flip=True, seed=3)
+        dataset.set_epoch(epoch)
+        rows = np.stack(dataset.__getitems__(range(len(tokens))))
+        assert np.array_equal(rows[7], dataset[7])
+        flipped = (rows == mirrored).all(axis=1)
+        assert (flipped | (rows == plain).all(axis=1)).all()
+        flips.append(flipped)
+    assert 0.3 < np.mean(flips) < 0.7
+    assert len({tuple(row) for row in np.array(flips).tolist()}) == 4
+
+
+def test_random_crop_is_the_papers(processor, palette):
+    rng = np.random.default_rng(0)
+    gradient = Image.fromarray(np.broadcast_to(np.arange(0, 240, dtype=np.uint8), (480, 240)).copy())
+    widths = []
+    for _ in range(50):
+        crop = np.asarray(random_crop(gradient, rng)).astype(float)
+        assert crop.shape == (224, 224)
+        widths.append(crop[0, -1] - crop[0, 0])  # grey levels across: 240 · 224 / shorter side
+    assert 240 * 224 / 384 - 3 < min(widths) < max(widths) < 240 * 224 / 256 + 3
+    assert max(widths) - min(widths) > 30
+    assert random_crop(picture(0).convert("P"), rng).size == (224, 224)
+
+
+def test_random_crops_are_drawn_anew_each_epoch(folder, processor):
+    images = load_images(DataArguments(train_dir=str(folder)))["train"]
+    rows = []
+    for epoch in (0, 1, 0):
+        dataset = ImageTokens(images, processor, random_crop=True, seed=1)
+        dataset.set_epoch(epoch)
+        rows.append(np.stack(dataset.__getitems__([0, 5])))
+    assert rows[0].shape == (2, 64) and not np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
+
+
+def test_streaming(parquet, processor, palette):
+    arguments = DataArguments(train_dir=str(parquet), streaming=True, max_eval_samples=5, random_flip=True)
+    splits = load_images(arguments)
+    assert len(splits["validation"]) == 5
+    rows = list(stream_tokens(splits["train"], processor, arguments))
+    assert len(rows) == 25 and set(rows[0]) == {"input_ids"}
+    batch = collate_tokens(rows[:3])["labels"]
+    assert batch.shape == (3, 64) and batch.dtype == torch.int64
+    expected = {tuple(np.sort(processor(picture(i))["input_ids"][0])) for i in range(5, 30)}
+    assert {tuple(sorted(row["input_ids"])) for row in rows} == expected
+    assert sample_pixels(splits["train"], 100, 8).shape == (100, 3)
+
+
+@pytest.fixture
+def spoilt(folder):
+    (folder / "cat" / "broken.png").write_bytes(b"\x89PNG nothing")
+    (folder / "dog" / "empty.jpg").write_bytes(b"")
+    return folder
+
+
+def test_a_bad_image_stops_with_its_path(spoilt, processor):
+    images = load_images(DataArguments(train_dir=str(spoilt)), seed=1)["train"]
+    for use in (lambda: tokenize(images, processor), lambda: sample_pixels(images, 100, 8)):
+        with pytest.raises(ValueError, match=r"(broken\.png|empty\.jpg).*--on_bad_image skip"):
+            use()
+
+
+def test_bad_images_left_out_are_counted_and_named(spoilt, processor, capsys):
+    images = load_images(DataArguments(train_dir=str(spoilt), train_val_split=0.03), seed=1)["train"]
+    assert len(images) == 41
+    assert len(tokenize(images, processor, on_bad_image="skip")) == 39
+    said = capsys.readouterr()
+    said = said.out + said.err
+    assert "Left out 2 of 41" in said and "broken.png" in said and "empty.jpg" in said
+    assert len(readable(images)) == 39
+    assert sample_pixels(images, 10**6, 8, on_bad_image="skip").shape == (39 * 64, 3)
+
+
+def test_only_bad_images(tmp_path, processor):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"x")
+    images = load_images(DataArguments(train_dir=str(tmp_path)))["train"]
+    with pytest.raises(ValueError, match="None of the 2 images can be read"):
+        tokenize(images, processor, on_bad_image="skip")
+
+
+def test_exif_orientation_is_obeyed():
+    upright = picture(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held sideways
+    buffer = io.BytesIO()
+    upright.save(buffer, "PNG", exif=exif)
+    assert read_image({"bytes": buffer.getvalue(), "path": None}).size == upright.size[::-1]
+
+
+def test_tokens_of_a_mirrored_image_are_mirrored(processor, palette):
+    image = picture(1, size=(8, 8))
+    mirrored = processor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))["input_ids"].reshape(8, 8)
+    assert np.array_equal(mirrored[:, ::-1].ravel(), processor(image)["input_ids"][0])
+    assert np.array_equal(processor(image)["input_ids"][0], nearest_color(np.asarray(image), palette).ravel())

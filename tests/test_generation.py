@@ -1,0 +1,91 @@
+"""Drawing: whole images, completions that keep what was given, seeds, bad input."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_igpt import ImageGPTImageProcessorPil
+from hf_igpt.generation import complete, picture_of_completions, sample
+
+
+@pytest.fixture
+def processor(palette):
+    return ImageGPTImageProcessorPil(clusters=palette[:16], size=8)
+
+
+def images(n, size=8):
+    rng = np.random.default_rng(n)
+    return [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(n)]
+
+
+def test_samples_are_images_of_the_palette(model, processor):
+    drawn = sample(model, processor, 5, batch_size=2, progress=False)
+    assert [(image.size, image.mode) for image in drawn] == [((8, 8), "RGB")] * 5
+    tokens = sample(model, processor, 5, batch_size=2, progress=False, return_tokens=True)
+    assert tokens.shape == (5, 64) and tokens.min() >= 0 and tokens.max() < 16
+    for image, row in zip(drawn, tokens, strict=True):
+        assert np.array_equal(processor(image)["input_ids"][0], row)
+
+
+def test_seeds(model, processor):
+    state = torch.random.get_rng_state()
+    first, again, other = (sample(model, processor, 2, seed=s, return_tokens=True) for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    sample(model, processor, 1, seed=None)
+    assert not torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_training_mode_is_restored(model, processor):
+    model.train()
+    sample(model, processor, 1)
+    assert model.training
+
+
+@pytest.mark.parametrize("rows", [None, 0, 1, 7, 8])
+def test_completions_keep_the_given_rows(model, processor, rows):
+    given = images(3, size=20)
+    completions = complete(model, processor, given, rows, num_completions=2, return_tokens=True)
+    assert completions.shape == (3, 2, 64)
+    tokens = torch.tensor(np.asarray(processor(given)["input_ids"]))
+    kept = 8 * (4 if rows is None else rows)
+    assert (completions[:, :, :kept] == tokens[:, None, :kept]).all()
+    if kept < 64:
+        assert not torch.equal(completions[:, 0], completions[:, 1])
+    from_tokens = complete(model, processor, tokens, rows, num_completions=2, return_tokens=True)
+    assert torch.equal(from_tokens, completions)
+    pictures = complete(model, processor, given, rows, num_completions=2)
+    assert len(pictures) == 3 and len(pictures[0]) == 2
+    grid = picture_of_completions(processor, given, pictures, rows)
+    assert len(grid) == 3 and len(grid[0]) == 4
+
+
+def test_low_temperature_and_top_k_1_are_greedy(model, processor):
+    greedy = model.generate(do_sample=False)[:, 1:]
+    assert torch.equal(sample(model, processor, 1, top_k=1, return_tokens=True), greedy)
+    assert torch.equal(sample(model, processor, 1, temperature=1e-4, return_tokens=True), greedy)
+    assert torch.equal(sample(model, processor, 1, top_p=1e-6, return_tokens=True), greedy)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, p: sample(m, p, 0), "num_images"),
+        (lambda m, p: sample(m, p, 1, temperature=0), "temperature"),
+        (lambda m, p: sample(m, p, 1, top_p=0), "top_p"),
+        (lambda m, p: complete(m, p, images(1), rows=9), "between 0 and the image's height, 8; found 9"),
+        (lambda m, p: complete(m, p, images(1), num_completions=0), "num_completions"),
+    ],
+)
+def test_bad_arguments(model, processor, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model, processor)
+
+
+def test_foreign_processor(model, palette):
+    for processor in (ImageGPTImageProcessorPil(clusters=palette, size=8), ImageGPTImageProcessorPil(size=8)):
+        with pytest.raises(ValueError, match="use the processor the model was trained with"):
+            sample(model, processor, 1)
+    with pytest.raises(ValueError, match="64 pixels of 16 colours"):
+        complete(model, ImageGPTImageProcessorPil(clusters=palette[:16], size=4), images(1))

@@ -1,0 +1,238 @@
+"""Image processors: transformers' tokens, every kind of image, the inverse, and bad input.
+
+Run for the backend that is installed; tests/test_torchvision_backend.py runs it again for torchvision's.
+"""
+
+import numpy as np
+import pytest
+import torch
+import transformers.models.imagegpt as upstream
+from PIL import Image
+from transformers import AutoImageProcessor
+from transformers.utils import is_torchvision_available
+
+from hf_igpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
+from hf_igpt.clusters import to_unit_range
+
+
+BACKEND = "torchvision" if is_torchvision_available() else "pil"
+Processor, Theirs = {
+    "pil": (ImageGPTImageProcessorPil, lambda **o: upstream.ImageGPTImageProcessorPil(**o)),
+    "torchvision": (ImageGPTImageProcessor, lambda **o: upstream.ImageGPTImageProcessor(**o)),
+}[BACKEND]
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+PHOTO = Image.fromarray(PIXELS).resize((90, 60), Image.Resampling.BICUBIC)
+
+
+def assert_same_tokens(ours, theirs, pixels, palette):
+    """Equal, except where transformers' rounding picked a colour that is farther from the pixel than ours."""
+    differ = ours != theirs
+    assert differ.mean() < 0.01
+    distance = [((pixels - palette[tokens]) ** 2).sum(-1) for tokens in (ours, theirs)]
+    assert (distance[0] <= distance[1] + 1e-6)[differ].all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": 8},
+        {"size": {"height": 16, "width": 12}},
+        {"size": 32, "resample": Image.Resampling.BICUBIC},
+        {"size": 32, "resample": Image.Resampling.NEAREST},
+        {"do_resize": False},
+        {"size": 16, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.6, 0.5, 0.7]},
+        {"size": 16, "do_normalize": False},
+        {"size": 16, "rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    ],
+)
+def test_same_tokens_as_transformers(options, palette):
+    ours, theirs = Processor(clusters=palette, **options), Theirs(clusters=palette, **options)
+    for image in (PHOTO, np.asarray(PHOTO), np.asarray(PHOTO).transpose(2, 0, 1), torch.tensor(np.asarray(PHOTO))):
+        a, b = (np.asarray(p(image, return_tensors="pt")["input_ids"]) for p in (ours, theirs))
+        assert a.shape == b.shape and a.dtype == np.int64
+        pixels = theirs(image, do_color_quantize=False, return_tensors="pt")["pixel_values"]
+        pixels = np.asarray(pixels, dtype=np.float64).transpose(0, 2, 3, 1).reshape(1, -1, 3)
+        assert_same_tokens(a, b, pixels, palette)
+
+
+def test_same_pixel_values_as_transformers(palette):
+    ours, theirs = (kind(clusters=palette, size=8, do_color_quantize=False) for kind in (Processor, Theirs))
+    a, b = (p([PHOTO, PHOTO], return_tensors="pt")["pixel_values"] for p in (ours, theirs))
+    assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_crop_size_keeps_transformers_meaning(palette):
+    options = {"size": 16, "do_center_crop": True, "crop_size": 8}
+    tokens = Processor(clusters=palette, **options)(PHOTO, return_tensors="pt")["input_ids"]
+    assert tokens.shape == (1, 64)
+    if BACKEND == "torchvision":  # transformers' PIL processor ignores the crop
+        assert torch.equal(tokens, Theirs(clusters=palette, **options)(PHOTO, return_tensors="pt")["input_ids"])
+
+
+def test_center_crop_takes_the_largest_central_square(palette):
+    processor = Processor(clusters=palette, size=8, do_center_crop=True)
+    square = PHOTO.crop((15, 0, 75, 60))
+    for image in (PHOTO, np.asarray(PHOTO)):
+        expected = Processor(clusters=palette, size=8)(square, return_tensors="pt")["input_ids"]
+        assert torch.equal(processor(image, return_tensors="pt")["input_ids"], expected)
+    tall = PHOTO.rotate(90, expand=True)
+    assert torch.equal(
+        processor(tall, return_tensors="pt")["input_ids"],
+        Processor(clusters=palette, size=8)(square.rotate(90, expand=True), return_tensors="pt")["input_ids"],
+    )
+
+
+def converted(mode):
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(PHOTO.convert("L")).astype(np.uint16) * 257)
+    if mode in ("1", "LA", "I", "F"):
+        return PHOTO.convert("L").convert(mode)
+    if mode == "PA":
+        return PHOTO.convert("P").convert("PA")
+    return PHOTO.convert(mode)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"]
+)
+def test_every_pil_mode(mode, palette):
+    image = converted(mode)
+    assert image.mode == mode
+    tokens = Processor(clusters=palette, size=8)(image, return_tensors="pt")["input_ids"]
+    grey = mode in ("L", "LA", "I", "I;16", "F")
+    same_picture = PHOTO.convert("L").convert("RGB") if grey else image.convert("RGB")
+    assert torch.equal(tokens, Processor(clusters=palette, size=8)(same_picture, return_tensors="pt")["input_ids"])
+
+
+def test_transparency_lies_on_white():
+    palette = to_unit_range(np.array([[0, 0, 0], [255, 255, 255]]))
+    processor = Processor(clusters=palette, size=8)
+    for image in (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), np.zeros((8, 8, 4), np.uint8)):
+        assert (np.asarray(processor(image)["input_ids"]) == 1).all()
+    paletted = Image.new("P", (8, 8), 0)
+    paletted.info["transparency"] = 0
+    assert (np.asarray(processor(paletted)["input_ids"]) == 1).all()
+
+
+def test_every_kind_of_array(palette):
+    processor = Processor(clusters=palette, size=8)
+    hwc = np.asarray(PHOTO)
+    expected = processor(PHOTO, return_tensors="pt")["input_ids"]
+    for image in (hwc, hwc.transpose(2, 0, 1), torch.tensor(hwc), torch.tensor(hwc).permute(2, 0, 1), hwc.astype(int)):
+        assert torch.equal(processor(image, return_tensors="pt")["input_ids"], expected)
+        assert torch.equal(processor([image, image], return_tensors="pt")["input_ids"], expected.repeat(2, 1))
+    assert torch.equal(processor(np.stack([hwc] * 3), return_tensors="pt")["input_ids"], expected.repeat(3, 1))
+    grey = np.asarray(PHOTO.convert("L"))
+    expected = processor(PHOTO.convert("L"), return_tensors="pt")["input_ids"]
+    for image in (grey, grey[None], grey[..., None], torch.tensor(grey), [grey]):
+        assert torch.equal(processor(image, return_tensors="pt")["input_ids"], expected)
+    assert (np.asarray(processor(grey > 300)["input_ids"]) == np.asarray(processor(grey * 0)["input_ids"])).all()
+
+
+def test_mixed_sizes_and_single_images(palette):
+    processor = Processor(clusters=palette, size=8)
+    images = [PHOTO, PHOTO.crop((0, 0, 11, 7)), np.asarray(PHOTO)[:40], PHOTO.convert("L")]
+    batch = np.asarray(processor(images)["input_ids"])
+    assert batch.shape == (4, 64) and batch.dtype == np.int64
+    for image, row in zip(images, batch, strict=True):
+        assert np.array_equal(np.asarray(processor(image)["input_ids"]), row[None])
+
+
+def test_paths(palette, tmp_path):
+    processor = Processor(clusters=palette, size=8)
+    PHOTO.save(tmp_path / "photo.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert np.array_equal(processor(str(tmp_path / "photo.png"))["input_ids"], processor(PHOTO)["input_ids"])
+    with pytest.raises(ValueError, match="broken.png"):
+        processor([str(tmp_path / "photo.png"), str(tmp_path / "broken.png")])
+
+
+def test_decode_inverts_the_processor(palette):
+    processor = Processor(clusters=palette, size=8)
+    tokens = torch.randint(0, 64, (3, 64))
+    images = processor.decode(tokens)
+    assert [image.size for image in images] == [(8, 8)] * 3 and images[0].mode == "RGB"
+    assert torch.equal(processor(images, return_tensors="pt")["input_ids"], tokens)
+    with_sos = torch.nn.functional.pad(tokens, (1, 0), value=64)  # as generate() returns them
+    assert np.array_equal(np.asarray(processor.decode(with_sos)[1]), np.asarray(images[1]))
+    assert np.array_equal(np.asarray(processor.decode(tokens[1].tolist())[0]), np.asarray(images[1]))
+    assert processor.decode(tokens, size=(4, 16))[0].size == (16, 4)
+
+
+def test_decode_of_partial_images(palette):
+    processor = Processor(clusters=palette, size=8)
+    tokens = torch.randint(0, 64, (1, 24))
+    tokens[0, 2] = -100
+    transparent = np.asarray(processor.decode(tokens)[0])
+    assert transparent.shape == (8, 8, 4)
+    missing = np.ones(64, bool)
+    missing[:24] = False
+    missing[2] = True
+    assert np.array_equal(transparent[..., 3].ravel() == 0, missing)
+    grey = np.asarray(processor.decode(tokens, missing="grey")[0]).reshape(64, 3)
+    assert (grey[missing] == 128).all()
+    assert np.array_equal(grey[~missing], transparent.reshape(64, 4)[~missing, :3])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_saving_keeps_every_bit_of_the_palette(palette, dtype, tmp_path):
+    processor = Processor(clusters=palette.astype(dtype), size=8, do_center_crop=True)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is Processor and loaded.do_center_crop
+    assert np.array_equal(loaded.clusters, palette.astype(dtype).astype(np.float64))
+    assert loaded.to_dict() == processor.to_dict()
+    theirs = upstream.ImageGPTImageProcessor if BACKEND == "torchvision" else upstream.ImageGPTImageProcessorPil
+    theirs = theirs.from_pretrained(tmp_path)  # ours reads in plain transformers
+    assert np.allclose(np.asarray(theirs.clusters), palette, atol=1e-6)
+
+
+def test_openai_hub_configuration(palette, tmp_path):
+    """The old form of OpenAI's files on the Hub: a number as size, a feature extractor's name."""
+    import json
+
+    config = {"clusters": palette.tolist(), "do_normalize": True, "do_resize": True, "resample": 2, "size": 32}
+    config["feature_extractor_type"] = "ImageGPTFeatureExtractor"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    assert np.asarray(AutoImageProcessor.from_pretrained(tmp_path)(PHOTO)["input_ids"]).shape == (1, 1024)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "message"),
+    [
+        (np.zeros((64, 4)), r"shape \(64, 4\)"),
+        (np.full((4, 3), 200.0), r"\[-1, 1\]"),
+        (None, "no palette"),
+    ],
+)
+def test_bad_palettes(clusters, message):
+    with pytest.raises(ValueError, match=message):
+        Processor(clusters=clusters)(PHOTO)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((0, 3, 3), np.uint8), "Image 0 is empty"),
+        ([], "No images"),
+        (np.full((5, 5, 3), 300), "0..255"),
+        (np.zeros((5, 5, 2), np.uint8), "channels"),
+        ("/no/such/image.png", "/no/such/image.png"),
+    ],
+)
+def test_bad_images(image, message, palette):
+    with pytest.raises(ValueError, match=message):
+        Processor(clusters=palette, size=8)(image)
+
+
+def test_bad_tokens(palette):
+    processor = Processor(clusters=palette, size=8)
+    with pytest.raises(ValueError, match=r"0\.\.63"):
+        processor.decode(torch.full((1, 64), 65))
+    with pytest.raises(ValueError, match="do not fit"):
+        processor.decode(torch.zeros(1, 80, dtype=torch.long))
+    with pytest.raises(ValueError, match="missing"):
+        processor.decode(torch.zeros(1, 8, dtype=torch.long), missing="black")
+    with pytest.raises(ValueError, match="no palette"):
+        Processor(size=8).decode(torch.zeros(1, 8, dtype=torch.long))

@@ -1,0 +1,330 @@
+"""The model against OpenAI's own outputs, transformers' class, and its own mathematics."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers.models.imagegpt.configuration_imagegpt as theirs_config
+import transformers.models.imagegpt.modeling_imagegpt as theirs
+from conftest import randomized, small_config
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+
+from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTModel
+
+
+SOS = 16
+
+
+def shifted(tokens):
+    return torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=SOS)
+
+
+def assert_close(ours, upstream):
+    assert (ours - upstream).abs().max() <= 1e-5 * max(1, upstream.abs().max())
+
+
+# -- second implementations --------------------------------------------------------------------------------------------
+
+
+def openai_weights(variables, n_layer):
+    """OpenAI's variables -> our state dict: heads joined, projections stored [in, out]."""
+
+    def joined(name):
+        return torch.tensor(variables[name]).flatten(0, 1)
+
+    def get(name):
+        return torch.tensor(variables[f"model/{name}"])
+
+    state = {
+        "transformer.wte.weight": torch.cat([get("wte"), get("sos")[None]]),
+        "transformer.wpe.weight": get("wpe"),
+        "transformer.ln_f.weight": get("ln_f/g"),
+        "lm_head.weight": get("wtet"),
+    }
+    for i in range(n_layer):
+        at, block = f"transformer.h.{i}.", f"model/h{i}/"
+        qkv = [joined(f"{block}attn/{part}_proj").T for part in "qkv"]
+        state[at + "attn.c_attn.weight"] = torch.cat(qkv, dim=1)
+        state[at + "attn.c_proj.weight"] = joined(f"{block}attn/c_proj")
+        for part in ("c_fc", "c_proj"):
+            state[f"{at}mlp.{part}.weight"] = torch.tensor(variables[f"{block}mlp/{part}/w"])
+        for part in ("ln_1", "ln_2"):
+            state[f"{at}{part}.weight"] = torch.tensor(variables[f"{block}{part}/g"])
+    return state
+
+
+def test_openai_golden_outputs():
+    """tests/fixtures/openai-ar.npz: a random model run by OpenAI's own TensorFlow graph (src/model.py)."""
+    golden = np.load(Path(__file__).parent / "fixtures" / "openai-ar.npz")
+    model = ImageGPTForCausalImageModeling(small_config()).eval()
+    missing, unexpected = model.load_state_dict(openai_weights(golden, n_layer=3), strict=False)
+    assert not unexpected and all(name.endswith(".bias") for name in missing)
+    with torch.no_grad():
+        output = model(labels=torch.tensor(golden["golden/tokens"]))
+    assert (output.logits - torch.tensor(golden["golden/gen_logits"])).abs().max() < 1e-4
+    assert abs(output.loss - float(golden["golden/gen_loss"])) < 1e-5
+
+
+def test_ours_saved_and_loaded_by_transformers(model, tokens, tmp_path):
+    model.save_pretrained(tmp_path)
+    upstream, report = theirs.ImageGPTForCausalImageModeling.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    inputs = shifted(tokens)
+    with torch.no_grad():
+        assert_close(model(inputs).logits, upstream.eval()(inputs).logits)
+
+
+def test_transformers_saved_and_loaded_by_ours(tokens, tmp_path):
+    config = theirs_config.ImageGPTConfig(vocab_size=17, n_positions=64, n_embd=32, n_layer=3, n_head=4)
+    upstream = randomized(theirs.ImageGPTForCausalImageModeling(config))
+    upstream.save_pretrained(tmp_path)
+    ours, report = ImageGPTForCausalImageModeling.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    inputs = shifted(tokens)
+    with torch.no_grad():
+        a, b = (m.eval()(inputs, labels=tokens, output_hidden_states=True) for m in (ours, upstream))
+    assert_close(a.logits, b.logits)
+    assert a.loss == pytest.approx(b.loss.item(), rel=1e-5)
+    assert len(a.hidden_states) == len(b.hidden_states)
+    for x, y in zip(a.hidden_states, b.hidden_states, strict=True):
+        assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}, {"n_inner": 48}]
+)
+def test_transformers_options(options, tokens, tmp_path):
+    config = theirs_config.ImageGPTConfig(vocab_size=17, n_positions=64, n_embd=32, n_layer=2, n_head=4, **options)
+    upstream = randomized(theirs.ImageGPTForCausalImageModeling(config))
+    upstream.save_pretrained(tmp_path)
+    ours = ImageGPTForCausalImageModeling.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert_close(ours(tokens).logits, upstream(tokens).logits)
+
+
+def test_auto_classes_give_ours(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is ImageGPTConfig
+    assert type(AutoModel.from_pretrained(tmp_path)) is ImageGPTModel
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is ImageGPTForCausalImageModeling
+
+
+def test_missing_biases_are_zeros(model, tmp_path):
+    for use_bias in (True, False):
+        config = small_config(use_bias=use_bias)
+        randomized(ImageGPTForCausalImageModeling(config)).save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        save_file({k: v for k, v in load_file(file).items() if "bias" not in k}, file, metadata={"format": "pt"})
+        state = ImageGPTForCausalImageModeling.from_pretrained(tmp_path).state_dict()
+        assert all((tensor == 0).all() for name, tensor in state.items() if name.endswith("bias"))
+
+
+# -- initialisation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_colors", [2, 16, 512])
+def test_untrained_loss_is_ln_k(n_colors):
+    model = ImageGPTForCausalImageModeling(small_config(n_colors=n_colors))
+    loss = model(labels=torch.randint(0, n_colors, (4, 64))).loss
+    assert abs(loss.item() - math.log(n_colors)) < 1e-5
+
+
+def test_official_initialisation():
+    state = ImageGPTForCausalImageModeling(small_config(n_embd=256, n_layer=4, n_colors=512)).state_dict()
+    expected = {
+        "transformer.wte.weight": 0.02,
+        "transformer.wpe.weight": 0.01,
+        "transformer.h.1.attn.c_attn.weight": 256**-0.5,
+        "transformer.h.1.attn.c_proj.weight": (256 * 4) ** -0.5,
+        "transformer.h.1.mlp.c_fc.weight": 0.02,
+        "transformer.h.1.mlp.c_proj.weight": 0.02,
+    }
+    for name, std in expected.items():
+        assert state[name].std().item() == pytest.approx(std, rel=0.03), name
+    assert (state["lm_head.weight"] == 0).all()
+    assert (state["transformer.ln_f.weight"] == 1).all()
+
+
+def test_transformers_initialisation_is_the_default():
+    state = ImageGPTForCausalImageModeling(ImageGPTConfig(n_embd=256, n_layer=2, n_head=4)).state_dict()
+    assert state["lm_head.weight"].std().item() == pytest.approx(0.02, rel=0.03)
+    assert state["transformer.h.0.mlp.c_proj.weight"].std().item() == pytest.approx(0.02 / 2, rel=0.03)
+
+
+# -- the shift and the loss --------------------------------------------------------------------------------------------
+
+
+def test_training_call_scores_all_pixels(model, tokens):
+    output = model(labels=tokens)
+    logits = model(shifted(tokens)).logits
+    assert torch.allclose(output.logits, logits, atol=1e-6)
+    by_hand = -logits.log_softmax(-1).gather(-1, tokens[..., None]).mean()
+    assert output.loss.item() == pytest.approx(by_hand.item(), rel=1e-6)
+    assert output.past_key_values is None
+
+
+def test_labels_beside_inputs_follow_transformers_contract(model, tokens):
+    labels = tokens.clone()
+    labels[:, 10:20] = -100
+    logits = model(tokens).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert model(tokens, labels=labels).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_num_items_in_batch_divides_the_summed_loss(model, tokens):
+    whole = model(labels=tokens).loss
+    parts = [model(labels=part, num_items_in_batch=torch.tensor(tokens.numel())).loss for part in tokens.split(1)]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_causality(model, tokens):
+    """A pixel's logits depend on the pixels before it, on each of them, and on no other."""
+    position = 30
+    changed = tokens.clone()
+    changed[:, position] = (changed[:, position] + 1) % 16
+    difference = (model(labels=tokens).logits - model(labels=changed).logits).abs().amax(dim=(0, 2))
+    assert difference[: position + 1].max() < 1e-6
+    assert difference[position + 1 :].min() > 1e-6
+
+
+# -- numerics ----------------------------------------------------------------------------------------------------------
+
+
+def test_attention_implementations_agree(model, tokens):
+    expected = model(labels=tokens).logits
+    model.set_attn_implementation("eager")
+    output = model(labels=tokens, output_attentions=True)
+    assert_close(output.logits, expected)
+    assert output.attentions[0].shape == (4, 4, 64, 64)
+    assert torch.allclose(output.attentions[0].sum(-1), torch.ones(4, 4, 64), atol=1e-5)
+
+
+def test_flex_attention_agrees(model, tokens):
+    expected = model(labels=tokens).logits
+    model.set_attn_implementation("flex_attention")
+    with torch.no_grad():
+        assert_close(model(labels=tokens).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_finite_and_close(model, tokens, dtype):
+    with torch.no_grad():
+        model.transformer.wte.weight *= 2000  # squares beyond float16's 65504
+        expected = model(labels=tokens)
+        half = model.to(dtype)(labels=tokens)
+    assert torch.isfinite(half.logits).all()
+    assert half.logits.abs().max() > 0.1 * expected.logits.abs().max()
+    assert half.loss.item() == pytest.approx(expected.loss.item(), rel=0.05)
+
+
+def test_gradient_checkpointing_changes_nothing(model, tokens):
+    model.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(labels=tokens).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_compiles_without_graph_breaks(model, tokens):
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert compiled(labels=tokens).loss.item() == pytest.approx(model(labels=tokens).loss.item(), rel=1e-5)
+
+
+def test_left_padding(model, tokens):
+    inputs = shifted(tokens)[:, :20]
+    padded = torch.nn.functional.pad(inputs, (5, 0), value=0)
+    mask = torch.nn.functional.pad(torch.ones_like(inputs), (5, 0), value=0)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    assert_close(model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:], model(inputs).logits)
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("upstream_like", [False, True])
+def test_generate_without_arguments_draws_whole_images(model, upstream_like, tmp_path):
+    if upstream_like:  # a checkpoint of transformers: no bos, no lengths
+        config = theirs_config.ImageGPTConfig(vocab_size=17, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+        randomized(theirs.ImageGPTForCausalImageModeling(config)).save_pretrained(tmp_path)
+        model = ImageGPTForCausalImageModeling.from_pretrained(tmp_path)
+    drawn = model.generate()
+    assert drawn.shape == (1, 1 + 64) and drawn[0, 0] == SOS and drawn[:, 1:].max() < SOS
+    assert model.generate(num_return_sequences=3, do_sample=True).shape == (3, 65)
+    assert model.generate(generation_config=GenerationConfig(do_sample=True)).shape == (1, 65)
+    assert model.generate(max_new_tokens=5).shape == (1, 6)
+
+
+def test_saved_generation_config_is_the_papers_sampling(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert (saved.bos_token_id, saved.max_length, saved.do_sample, saved.temperature, saved.top_k) == (
+        SOS,
+        65,
+        True,
+        1.0,
+        0,
+    )
+    upstream = theirs.ImageGPTForCausalImageModeling.from_pretrained(tmp_path)
+    assert upstream.generate().shape == (1, 65)
+
+
+def test_greedy_tokens_are_the_same_over_all_caches(model, tokens):
+    prompt = shifted(tokens)[:, :9]
+    options = {"do_sample": False, "max_length": 65}
+    expected = model.generate(prompt, use_cache=False, **options)
+    assert len(expected.unique()) > 4
+    assert torch.equal(model.generate(prompt, **options), expected)
+    assert torch.equal(model.generate(prompt, cache_implementation="static", **options), expected)
+    assert torch.equal(model.generate(prompt[:1], cache_implementation="static", **options), expected[:1])
+    by_hand = prompt.clone()
+    with torch.no_grad():
+        while by_hand.shape[1] < 65:
+            by_hand = torch.cat([by_hand, model(by_hand).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(by_hand, expected)
+
+
+def test_sampling_is_from_the_whole_distribution(model):
+    """First pixels drawn follow the model's softmax over all 16 colours: no hidden top-k."""
+    with torch.no_grad():
+        probabilities = model(torch.tensor([[SOS]])).logits[0, -1].softmax(-1)
+    drawn = model.generate(num_return_sequences=20000, max_new_tokens=1)[:, 1]
+    frequencies = torch.bincount(drawn, minlength=16) / 20000
+    assert (frequencies - probabilities).abs().max() < 0.015
+    assert (frequencies[probabilities > 1e-3] > 0).all()
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": torch.full((1, 4), 17)}, r"token 17; allowed are 0\.\.16"),
+        ({"input_ids": torch.full((1, 4), -1)}, "token -1"),
+        ({"input_ids": torch.zeros(1, 65, dtype=torch.long)}, "65 tokens exceed n_positions = 64"),
+        ({"input_ids": torch.zeros(2, 8, 8, dtype=torch.long)}, "shape"),
+        ({"input_ids": torch.rand(2, 8)}, "integer tokens"),
+        ({"labels": torch.full((1, 64), SOS)}, r"token 16; allowed are 0\.\.15"),
+        ({"labels": torch.full((1, 64), -100)}, "pass `input_ids`"),
+        ({"labels": torch.zeros(1, 65, dtype=torch.long)}, "exceed n_positions"),
+        ({}, "input_ids"),
+        ({"pixel_values": torch.rand(1, 3, 8, 8)}, "tokens"),
+    ],
+)
+def test_bad_inputs(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(**arguments)
+
+
+@pytest.mark.parametrize("options", [{"max_length": 66}, {"max_new_tokens": 65}])
+def test_lengths_over_an_image_are_refused_before_the_first_step(model, options, monkeypatch):
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("a step was taken"))
+    with pytest.raises(ValueError, match=r"66 tokens were asked for|65 \+|tokens were asked"):
+        model.generate(**options)

@@ -1,0 +1,322 @@
+"""Pretraining: what a run leaves behind, invariants of the trajectory, and refusals. All on the digits, on the CPU."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForCausalLM
+
+from hf_igpt import data, training
+from hf_igpt.clusters import to_unit_range
+from hf_igpt.data import DataArguments
+from hf_igpt.evaluation import nats_per_image, read_records
+from hf_igpt.presets import SIZES
+from hf_igpt.training import ClustersArguments, ModelArguments, PretrainingArguments, fit_clusters, pretrain
+
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+SMALL = "n_layer=2,n_embd=32,n_head=2"
+
+
+@pytest.fixture(scope="module")
+def greys(tmp_path_factory):
+    """A palette of 16 greys, so that runs need not fit one."""
+    path = tmp_path_factory.mktemp("palette") / "greys.npy"
+    np.save(path, to_unit_range(np.repeat(np.linspace(0, 255, 16)[:, None], 3, axis=1)))
+    return str(path)
+
+
+def run(folder, greys, model=None, images=None, **options):
+    """A small run; returns its records."""
+    defaults = {"use_cpu": True, "disable_tqdm": True, "max_steps": 6, "num_samples": 0, "logging_steps": 1, "seed": 1}
+    defaults |= {"eval_strategy": "no", "save_strategy": "no"}
+    arguments = PretrainingArguments(output_dir=str(folder), **(defaults | options))
+    model = {"image_processor_name": greys, "config_overrides": SMALL} | (model or {})
+    return pretrain(ModelArguments(**model), DataArguments(max_eval_samples=50, **(images or {})), arguments)
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def history(folder):
+    """The last checkpoint's log entries of training."""
+    last = max(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return [entry for entry in json.loads((last / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+
+
+def assert_same_run(one, other, weight_tolerance=1e-4):
+    for a, b in zip(history(one), history(other), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    other_weights = weights(other)
+    for name, tensor in weights(one).items():
+        assert (tensor - other_weights[name]).abs().max() <= weight_tolerance, name
+
+
+# -- a whole run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with nothing named but its length: palette fitted, five evaluations."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    arguments = PretrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        disable_tqdm=True,
+        max_steps=100,
+        eval_steps=20,
+        save_steps=20,
+        num_samples=4,
+    )
+    records = pretrain(ModelArguments(config_overrides=SMALL), DataArguments(), arguments)
+    return folder, records
+
+
+def test_a_run_learns_and_beats_counting_pixels(finished):
+    folder, records = finished
+    found = {record.model.split(",")[0]: record.value for record in records}
+    assert found["Image GPT tiny"] < found["unigram counts"] < found["uniform counts"]
+    assert all(record.n == 359 and record.unit == "nats/pixel" for record in records)
+    assert read_records(folder / "records.json") == records
+
+
+def test_what_a_run_leaves_behind(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "preprocessor_config.json"} <= names
+    assert {"palette.png", "training.png", "records.json", "samples", "checkpoint-100"} <= names
+    assert [path.name for path in sorted((folder / "samples").iterdir())][-1] == "step-0000100.png"
+    assert Image.open(folder / "samples" / "step-0000100.png").size == (204, 204)
+    for place in [folder, *folder.glob("checkpoint-*")]:  # the best and the last, each with its processor
+        model = AutoModelForCausalLM.from_pretrained(place)
+        processor = AutoImageProcessor.from_pretrained(place)
+        assert len(processor.clusters) == model.config.vocab_size - 1 == 16
+        assert model.config.use_cache and model.generate().shape == (1, 65)
+
+
+def test_the_recorded_loss_is_the_saved_models(finished):
+    folder, records = finished
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    held_out = data.load_images(DataArguments(), seed=42)["validation"]
+    tokens = torch.tensor(processor([data.read_image(cell) for cell in held_out["image"]])["input_ids"])
+    with torch.no_grad():
+        nats = nats_per_image(model(labels=tokens).logits, tokens).mean().item()
+    assert nats == pytest.approx(records[0].value, rel=1e-5)
+
+
+def test_the_best_model_is_kept(finished):
+    folder, records = finished
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((last / "trainer_state.json").read_text())
+    evaluated = [entry["eval_nats_per_pixel"] for entry in state["log_history"] if "eval_nats_per_pixel" in entry]
+    assert len(evaluated) == 5 and min(evaluated) == pytest.approx(records[0].value, rel=1e-6)
+    logged = next(entry for entry in state["log_history"] if "loss" in entry)
+    assert logged["bits_per_pixel"] == pytest.approx(logged["loss"] / np.log(2))
+    assert logged["images"] == logged["step"] * 16
+
+
+# -- invariants --------------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_changes_nothing(tmp_path, greys):
+    for batch, steps in ((8, 1), (1, 8)):
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "save_strategy": "steps"}
+        run(tmp_path / str(batch), greys, save_steps=6, **options)
+    assert_same_run(tmp_path / "8", tmp_path / "1")
+
+
+def test_two_processes_are_one(tmp_path, greys):
+    flags = "--use_cpu --max_steps 6 --num_samples 0 --logging_steps 1 --seed 1 --eval_strategy no --save_steps 6 "
+    flags += f"--image_processor_name {greys} --config_overrides {SMALL} --max_eval_samples 51 --random_flip "
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(SCRIPTS / "run_pretrain.py"), "--output_dir", str(tmp_path / str(processes)), *flags.split()]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"Process 0 of {processes}" in done.stdout + done.stderr
+    assert_same_run(tmp_path / "1", tmp_path / "2")
+    one, two = (read_records(tmp_path / str(n) / "records.json") for n in (1, 2))
+    for a, b in zip(one, two, strict=True):  # 51 held-out images do not divide by two processes
+        assert a.n == b.n == 51 and a.value == pytest.approx(b.value, rel=1e-5)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, greys):
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "save_total_limit": None,
+        "num_samples": 2,
+        "eval_strategy": "steps",
+    }
+    options |= {"eval_steps": 3, "load_best_model_at_end": False}
+    images = {"random_flip": True, "max_train_samples": 40}  # 3 steps an epoch: resumed in the second
+    run(tmp_path / "whole", greys, images=images, **options)
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    run(tmp_path / "resumed", greys, images=images, **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed", weight_tolerance=0)
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path, greys):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(tmp_path / name, greys, seed=seed, max_steps=3)
+    a, b, c = (weights(tmp_path / name)["lm_head.weight"] for name in "abc")
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_bf16_and_compilation_train_alike(tmp_path, greys):
+    variants = {
+        "plain": {},
+        "bf16": {"bf16": True},
+        "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    }
+    for name, options in variants.items():
+        run(tmp_path / name, greys, save_strategy="steps", save_steps=6, **options)
+    plain, bf16, compiled = ([entry["loss"] for entry in history(tmp_path / name)] for name in variants)
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert bf16 == pytest.approx(plain, rel=0.02) and bf16 != plain
+
+
+def test_going_on_from_a_checkpoint(tmp_path, greys):
+    first = run(tmp_path / "first", greys, max_steps=30)
+    model = {"model_name_or_path": str(tmp_path / "first"), "image_processor_name": None, "config_overrides": None}
+    second = run(tmp_path / "second", greys, model=model, max_steps=30)
+    assert second[0].value < first[0].value
+
+
+def test_random_crops_and_streams_train(tmp_path, greys):
+    for i in range(24):
+        image = Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 30), dtype=np.uint8))
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        image.save(tmp_path / "photos" / f"{i}.png")
+    images = {"train_dir": str(tmp_path / "photos"), "image_size": 8, "random_crop": True, "random_flip": True}
+    few = {"max_steps": 2, "per_device_train_batch_size": 8}
+    assert run(tmp_path / "crops", greys, images=images, **few)[0].value < 3
+    datasets = pytest.importorskip("datasets")
+    datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "photos"), split="train").to_parquet(
+        tmp_path / "p.parquet"
+    )
+    images |= {"train_dir": str(tmp_path / "p.parquet"), "streaming": True}
+    stream = data.load_images(DataArguments(**images, max_eval_samples=4))
+    assert len(list(stream["train"])) == 20
+    arguments = PretrainingArguments(
+        output_dir=str(tmp_path / "stream"), use_cpu=True, disable_tqdm=True, num_samples=0, eval_strategy="no", **few
+    )
+    model = ModelArguments(image_processor_name=greys, config_overrides=SMALL)
+    assert pretrain(model, DataArguments(**images, max_eval_samples=4), arguments)[0].value < 3
+
+
+# -- recipes and the clock ---------------------------------------------------------------------------------------------
+
+
+def test_presets_and_overrides():
+    arguments = PretrainingArguments(size="s", use_cpu=True)
+    assert (arguments.max_steps, arguments.train_batch_size, arguments.adam_beta2) == (1_000_000, 128, 0.95)
+    assert arguments.lr_scheduler_type == "cosine" and arguments.weight_decay == 0
+    training._set_steps(arguments, DataArguments(dataset_name="x", image_size=32), range(1_230_000))
+    assert arguments.learning_rate == 0.003
+    assert arguments.warmup_steps == 9610  # one epoch
+    arguments = PretrainingArguments(
+        size="s", use_cpu=True, gradient_accumulation_steps=8, num_train_epochs=2, learning_rate=1
+    )
+    assert (arguments.max_steps, arguments.num_train_epochs, arguments.train_batch_size) == (-1, 2, 16)
+    training._set_steps(arguments, DataArguments(), range(1000))
+    assert arguments.learning_rate == 1
+    arguments = PretrainingArguments(use_cpu=True, per_device_train_batch_size=5, warmup_steps=7)
+    training._set_steps(arguments, DataArguments(), range(1000))
+    assert (arguments.train_batch_size, arguments.warmup_steps) == (5, 7)
+    assert arguments.num_train_epochs == SIZES["tiny"].num_epochs
+
+
+def test_the_clock_ends_a_run_with_its_learning_rate_decayed(tmp_path, greys):
+    run(tmp_path, greys, max_steps=10**6, max_minutes=0.05, save_strategy="steps", save_steps=10**6)
+    steps = history(tmp_path)
+    assert 3 < len(steps) < 10_000
+    assert steps[-1]["learning_rate"] < 0.05 * max(step["learning_rate"] for step in steps)
+    assert (tmp_path / "records.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["json", "yaml", "flags"])
+def test_a_file_instead_of_flags(tmp_path, kind, monkeypatch):
+    options = {"size": "xs", "output_dir": "somewhere", "learning_rate": 0.1, "image_size": 16, "use_cpu": True}
+    if kind == "flags":
+        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    else:
+        (tmp_path / f"recipe.{kind}").write_text(json.dumps(options))  # JSON is YAML
+        arguments = [str(tmp_path / f"recipe.{kind}")]
+    monkeypatch.setattr(sys, "argv", ["run_pretrain.py", *arguments])
+    _, images, arguments = training.parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description="")
+    assert (arguments.size, arguments.learning_rate, images.image_size) == ("xs", 0.1, 16)
+
+
+# -- palettes ----------------------------------------------------------------------------------------------------------
+
+
+def test_fit_clusters(tmp_path, palette, capsys):
+    records = fit_clusters(ClustersArguments(output_dir=str(tmp_path / "fitted"), num_colors=12), DataArguments())
+    assert {record.metric for record in records} == {"rmse_grey_levels", "psnr_db"}
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "fitted")
+    assert len(processor.clusters) == 12 and processor._grid() == (8, 8)
+    assert np.array_equal(np.load(tmp_path / "fitted" / "palette.npy"), processor.clusters)
+    assert Image.open(tmp_path / "fitted" / "palette.png").width > 100
+    np.save(tmp_path / "kmeans_centers.npy", palette.astype(np.float32))
+    arguments = ClustersArguments(output_dir=str(tmp_path / "read"), palette=str(tmp_path / "kmeans_centers.npy"))
+    assert fit_clusters(arguments, DataArguments())[0].model == "palette of 64 colours from kmeans_centers.npy"
+    with pytest.raises(ValueError, match="17 distinct colours, fewer than the 18"):
+        fit_clusters(ClustersArguments(output_dir=str(tmp_path / "many"), num_colors=18), DataArguments())
+    assert not (tmp_path / "many").exists()
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": {"max_train_samples": 10}}, "10 training images are fewer than one step's 16"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing"),
+        ({"gradient_accumulation_steps": 3}, "per_device_train_batch_size"),
+        ({"max_minutes": 0}, "max_minutes"),
+        ({"model": {"num_colors": 5}}, "num_colors 5"),
+        ({"model": {"image_processor_name": "no.npy"}}, "No palette at no.npy"),
+        ({"model": {"config_overrides": "n_head=5"}}, "no multiple"),
+        ({"model": {"config_overrides": "n_positions=10"}}, "different runs"),
+        ({"images": {"image_column_name": "x"}}, "its columns are image, label"),
+        ({"resume_from_checkpoint": "nowhere"}, "no checkpoint"),
+    ],
+)
+def test_refusals_leave_nothing_behind(tmp_path, greys, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", greys, **options)
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_foreign_and_finished_folders_are_refused(tmp_path, greys):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds something else \(chapter.tex\)"):
+        run(tmp_path / "thesis", greys)
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+    run(tmp_path / "done", greys, max_steps=1)
+    with pytest.raises(ValueError, match="finished run"):
+        run(tmp_path / "done", greys, max_steps=1)
+
+
+def test_bad_flags_end_scripts_in_one_line(tmp_path):
+    for flags in (["--size", "huge"], ["--no_such_flag"], ["--max_minutes", "-1"], ["--train_dir", str(tmp_path)]):
+        command = [sys.executable, str(SCRIPTS / "run_pretrain.py"), "--output_dir", str(tmp_path / "o"), *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1], done.stderr
+        assert not (tmp_path / "o").exists()
