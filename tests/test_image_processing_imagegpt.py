@@ -144,6 +144,12 @@ def test_paths(palette, tmp_path):
     PHOTO.save(tmp_path / "photo.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     assert np.array_equal(processor(str(tmp_path / "photo.png"))["input_ids"], processor(PHOTO)["input_ids"])
+    for mode in ("RGBA", "I;16"):  # opened as they are, not by way of a conversion to RGB
+        image = converted(mode)
+        if mode == "RGBA":
+            image.putalpha(100)
+        image.save(tmp_path / "other.png")
+        assert np.array_equal(processor(str(tmp_path / "other.png"))["input_ids"], processor(image)["input_ids"])
     with pytest.raises(ValueError, match="broken.png"):
         processor([str(tmp_path / "photo.png"), str(tmp_path / "broken.png")])
 

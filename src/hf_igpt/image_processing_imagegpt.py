@@ -4,6 +4,7 @@ Both give the exact nearest colour of each pixel and share every line but the re
 two backends' filters round differently, so a photo's tokens may differ between them where a resized pixel does.
 """
 
+import os
 from typing import Union
 
 import numpy as np
@@ -57,8 +58,13 @@ class _ColorQuantization:
         """Images behind paths and URLs, by PIL in both backends. One that cannot be read is a ValueError naming it."""
         if not isinstance(image_url_or_urls, str):
             return super().fetch_images(image_url_or_urls)
+        from PIL import Image, ImageOps
+
         try:
-            return load_image(image_url_or_urls)
+            if not os.path.isfile(image_url_or_urls):
+                return load_image(image_url_or_urls)  # a URL or base64
+            # Not load_image: its conversion to RGB loses transparency and clips 16-bit images.
+            return ImageOps.exif_transpose(Image.open(image_url_or_urls))
         except (OSError, ValueError) as error:
             raise ValueError(f"Cannot read the image {image_url_or_urls[:200]}: {error}") from error
 

@@ -114,6 +114,9 @@ class PretrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="nats_per_pixel", metadata={"help": "Metric of the best model."})
     greater_is_better: bool | None = field(default=False, metadata={"help": "Whether a greater metric is better."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator."})
+    use_cache: bool = field(
+        default=True, metadata={"help": "What checkpoints' configurations say; training itself never caches."}
+    )
 
     def __post_init__(self):
         recipe = SIZES[self.size]
@@ -328,7 +331,6 @@ def pretrain(
         f"{_images_per_step(args)} images a step",
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    model.config.use_cache = True  # Trainer switched it off for training; checkpoints generate
     trainer.save_model()
     metrics = trainer.evaluate()
     records = _records(metrics["eval_nats_per_pixel"], reference, held_out, trainer, data_args)

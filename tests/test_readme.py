@@ -1,0 +1,115 @@
+"""The README is true: its commands and snippets run, its tree exists, its numbers are the records'."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_igpt.data import DataArguments
+from hf_igpt.evaluation import markdown_table, read_records
+from hf_igpt.generation import SampleArguments
+from hf_igpt.training import ClustersArguments, ModelArguments, PretrainingArguments, parse_arguments
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DATACLASSES = {
+    "run_pretrain.py": (ModelArguments, DataArguments, PretrainingArguments),
+    "run_clusters.py": (ClustersArguments, DataArguments),
+    "run_sample.py": (SampleArguments, DataArguments),
+}
+ELSEWHERE = ("--dataset_name", "--train_dir", "--images", "recipe.json")  # what these need is not in the repository
+
+
+def commands(text):
+    """Lines that call a script, continuation lines joined, comments dropped."""
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    lines = [line.split("#")[0].strip() for line in lines]
+    return [line for line in lines if re.match(r"(python|accelerate launch|torchrun) .*scripts/run_\w+\.py", line)]
+
+
+ALL = {command: None for text in [README, *(p.read_text() for p in ROOT.glob("scripts/*.py"))] for command in commands(text)}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the scripts in it, where the commands are run as they are written."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    return folder
+
+
+def run(command, folder):
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_there_are_commands():
+    assert len(ALL) >= 8
+    assert {Path(script).name for script in re.findall(r"scripts/\w+\.py", " ".join(ALL))} == set(DATACLASSES)
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_flags_of_every_command_exist(command, monkeypatch):
+    script, flags = re.match(r".*scripts/(run_\w+\.py)\s*(.*)", command).groups()
+    if flags.endswith((".json", ".yaml")):
+        return
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags.replace("--bf16", ""))])
+    parse_arguments(*DATACLASSES[script], description="")
+
+
+def test_commands_and_snippets_run_in_their_order(workplace):
+    """Commands without outside data, as written but for the length of training; then the python snippets."""
+    run_here = [command for command in ALL if not any(word in command for word in ELSEWHERE)]
+    trained = False
+    for command in run_here:
+        words = shlex.split(command)
+        launcher = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "accelerate.commands.launch"]
+        words = launcher + words[words.index(next(w for w in words if w.startswith("scripts/"))) :]
+        if "run_pretrain.py" in command:
+            if trained:
+                continue
+            trained = True
+            words += ["--max_steps", "30", "--eval_steps", "30", "--save_steps", "30", "--use_cpu"]
+        run(words, workplace)
+    assert (workplace / "outputs/pretrain/samples.png").is_file()
+    assert (workplace / "outputs/pretrain/completions.png").is_file()
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert snippets
+    run([sys.executable, "-c", "\n".join(snippets)], workplace)
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"\bmake ([\w-]+)", README))
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_links_and_tree_exist():
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    tree = re.search(r"```text\n(.*?)```", README, flags=re.DOTALL).group(1)
+    paths = [line.split("  ")[0].strip() for line in tree.splitlines() if line.strip()]
+    assert len(paths) > 10
+    folder = ""
+    for line, path in zip([line for line in tree.splitlines() if line.strip()], paths, strict=True):
+        if not line.startswith(" "):
+            folder = path if path.endswith("/") else ""
+        full = ROOT / (folder + path if line.startswith(" ") else path)
+        assert full.exists(), full
+
+
+def test_tables_are_the_records():
+    tables = re.findall(r"<!-- records: (\S+) -->\n(.*?)\n<!-- end -->", README, flags=re.DOTALL)
+    assert tables
+    for path, table in tables:
+        assert table == markdown_table(read_records(ROOT / path)), path
