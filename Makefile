@@ -12,6 +12,11 @@ demo: $(VENV)/installed  ## learn from the digits and draw, in minutes
 	rm -rf $(DEMO)
 	$(VENV)/bin/python scripts/run_pretrain.py --output_dir $(DEMO) --max_minutes 2.5
 	$(VENV)/bin/python scripts/run_sample.py --model_name_or_path $(DEMO) --num_images 64 --num_held_out 6
+	@echo
+	@echo "$(DEMO)/samples.png: digits drawn from nothing. $(DEMO)/completions.png: halves given, and what was made of them."
+	@echo "Next, your own images:"
+	@echo "  $(VENV)/bin/python scripts/run_pretrain.py --train_dir FOLDER --image_size 16 --output_dir outputs/mine"
+	@echo "  $(VENV)/bin/python scripts/run_sample.py --model_name_or_path outputs/mine --num_images 16"
 
 test: $(VENV)/installed-test $(TORCHVISION)/installed  ## the whole suite
 	HF_IGPT_TORCHVISION=$(abspath $(TORCHVISION)) $(VENV)/bin/python -m pytest

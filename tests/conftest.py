@@ -1,11 +1,15 @@
 """Shared fixtures: small random models and palettes. Nothing is downloaded."""
 
 import os
+import tempfile
 
 import numpy as np
 import pytest
 import torch
 
+
+_home = tempfile.TemporaryDirectory()
+os.environ.update(HF_HOME=_home.name, HF_HUB_OFFLINE="1")  # before anything of Hugging Face is imported
 
 if os.environ.get("HF_IGPT_STUB_TORCHVISION"):
     # torchvision's builds on PyPI are for CUDA builds of torch and do not import beside a CPU build, for want of their

@@ -136,6 +136,15 @@ def test_accumulation_changes_nothing(tmp_path, greys):
     assert_same_run(tmp_path / "8", tmp_path / "1")
 
 
+def test_two_processes_fit_one_palette(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(SCRIPTS / "run_pretrain.py"), "--output_dir", str(tmp_path), "--config_overrides", SMALL]
+    command += "--use_cpu --max_steps 1 --num_samples 0 --num_colors 4 --eval_strategy no --save_strategy no".split()
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(AutoImageProcessor.from_pretrained(tmp_path).clusters) == 4
+
+
 def test_two_processes_are_one(tmp_path, greys):
     flags = "--use_cpu --max_steps 6 --num_samples 0 --logging_steps 1 --seed 1 --eval_strategy no --save_steps 6 "
     flags += f"--image_processor_name {greys} --config_overrides {SMALL} --max_eval_samples 51 --random_flip "

@@ -51,7 +51,7 @@ class Size:
 
 SIZES = {
     # Ours: small enough for a laptop's processor, in minutes.
-    "tiny": Size(4, 128, 4, {("causal", 32): 3e-3, ("masked", 32): 3e-3}, batch_size=16, num_epochs=30),
+    "tiny": Size(4, 128, 4, {("causal", 32): 1e-3, ("masked", 32): 1e-3}, batch_size=16, num_epochs=15),
     # Ours: the 10 M parameters, batch and epochs of a well-known CIFAR-10 run (karpathy/minGPT, play_image.ipynb).
     "xs": Size(12, 256, 8, {("causal", 32): 3e-3, ("masked", 32): 3e-3}, num_epochs=16),
     # Shapes [code README]; learning rates [V2 Table 5]; steps [V2 A.1].

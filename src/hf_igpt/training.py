@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from transformers import AutoImageProcessor, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -132,6 +133,7 @@ class PretrainingArguments(TrainingArguments):
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor is not supported: the loss is the model's exact likelihood.")
         if self.max_minutes is not None and self.max_minutes <= 0:
@@ -303,10 +305,18 @@ def pretrain(
     folder = Path(args.output_dir)
     with args.main_process_first(desc="images"):
         splits = data.load_images(data_args, seed=args.seed)
+    if not data_args.streaming and len(splits["train"]) < _images_per_step(args):
+        raise ValueError(
+            f"{len(splits['train'])} training images are fewer than one step's {_images_per_step(args)}: lower "
+            "--per_device_train_batch_size or give more images."
+        )
     processor = _processor(model_args, data_args, args, checkpoint, splits["train"])
     model = _model(model_args, args, processor)
     train, held_out, reference = _tokens(splits, processor, data_args, args)
     _set_steps(args, data_args, train)
+    if args.should_save:  # from here on everything has been checked
+        processor.save_pretrained(folder)
+        plots.palette_picture(processor.clusters).save(folder / "palette.png")
 
     clock = None if args.max_minutes is None else _Clock(args.max_minutes, args.device)
     trainer = PretrainingTrainer(
@@ -371,23 +381,19 @@ def _processor(model_args, data_args, args, checkpoint, train_images):
             )
         return processor
     n_colors = model_args.num_colors or (DIGITS_N_COLORS if data_args.is_embedded else N_COLORS)
-    folder = Path(args.output_dir)
-    with args.main_process_first(desc="palette"):
-        if args.process_index == 0:
-            pixels = data.sample_pixels(
-                train_images, 1_000_000, image_size, data_args.center_crop, args.seed, data_args.on_bad_image
-            )
-            palette = clusters.fit_palette(pixels, n_colors, args.seed, progress=True)
-            lost = clusters.distortion(pixels, palette)
-            _say(
-                args,
-                f"Palette: {n_colors} colours, distortion {lost['rmse_grey_levels']:.2f} grey levels RMSE, "
-                f"{lost['psnr_db']:.2f} dB PSNR",
-            )
-            make_processor(palette, image_size, data_args.center_crop).save_pretrained(folder)
-            plots.palette_picture(palette).save(folder / "palette.png")
-        else:
-            palette = clusters.load_palette(folder)
+    palette = None
+    if args.process_index == 0:
+        pixels = data.sample_pixels(
+            train_images, 1_000_000, image_size, data_args.center_crop, args.seed, data_args.on_bad_image
+        )
+        palette = clusters.fit_palette(pixels, n_colors, args.seed, progress=not args.disable_tqdm)
+        lost = clusters.distortion(pixels, palette)
+        _say(
+            args,
+            f"Palette: {n_colors} colours, distortion {lost['rmse_grey_levels']:.2f} grey levels RMSE, "
+            f"{lost['psnr_db']:.2f} dB PSNR",
+        )
+    palette = broadcast_object_list([palette])[0]
     return make_processor(palette, image_size, data_args.center_crop)
 
 
@@ -428,12 +434,6 @@ def _tokens(splits, processor, data_args, args):
             None
             if data_args.random_crop
             else data.tokenize(images, processor, desc="Tokenising training images", **tokenizing)
-        )
-    per_step = _images_per_step(args)
-    if len(images if tokens is None else tokens) < per_step:
-        raise ValueError(
-            f"{len(images)} training images are fewer than one step's {per_step}: lower --per_device_train_batch_size "
-            "or give more images."
         )
     reference = {}
     if tokens is not None and args.should_log:
