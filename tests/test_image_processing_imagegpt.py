@@ -192,6 +192,9 @@ def test_saving_keeps_every_bit_of_the_palette(palette, dtype, tmp_path):
     theirs = upstream.ImageGPTImageProcessor if BACKEND == "torchvision" else upstream.ImageGPTImageProcessorPil
     theirs = theirs.from_pretrained(tmp_path)  # ours reads in plain transformers
     assert np.allclose(np.asarray(theirs.clusters), palette, atol=1e-6)
+    for image, same in ((PHOTO.crop((0, 0, 60, 60)), True), (PHOTO, False)):  # theirs squashes what is not square
+        a, b, c = (np.asarray(p(image, return_tensors="np")["input_ids"]) for p in (processor, loaded, theirs))
+        assert np.array_equal(a, b) and np.array_equal(b, c) == same
 
 
 def test_openai_hub_configuration(palette, tmp_path):

@@ -3,7 +3,8 @@
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ BITS_PER_NAT = 1 / np.log(2)
 class Record:
     """One measured number and all that is needed to know what it is. Lists of them are written as JSON.
 
-    metric names its unit's quantity ("nats_per_pixel"); n counts images; data names the images, revision the code or
-    checkpoint; reference is a published figure beside it, with its source, if there is one.
+    metric names its unit's quantity ("nats_per_pixel"); n counts images; data names the images, revision the version of
+    the code; reference is a published figure beside it, with its source, if there is one.
     """
 
     metric: str
@@ -30,12 +31,12 @@ class Record:
     seed: int | None
     model: str
     data: str
-    revision: str | None = None
-    hardware: str | None = None
+    revision: str = field(default_factory=lambda: f"hf_igpt {version('hf_igpt')}")
+    hardware: str = field(default_factory=lambda: this_machine())
     reference: str | None = None
 
 
-def hardware() -> str:
+def this_machine() -> str:
     """This machine in words: accelerator or processor cores, and the versions that matter."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()

@@ -117,16 +117,17 @@ class _ColorQuantization:
     ) -> BatchFeature:
         """`images`: list of (C, H, W) arrays of the backend. Returns `input_ids` (B, N) int64, or `pixel_values`.
 
-        Order: centre crop to the largest square, resize, quantise. If `crop_size` is given, transformers' order and
-        meaning hold instead: resize, then crop to `crop_size`.
+        Order: centre crop to the largest square, resize, quantise. With a `crop_size` other than `size`, transformers'
+        order and meaning hold instead: resize, then crop to `crop_size`.
         """
+        square = do_center_crop and (crop_size is None or crop_size == size)
         sized = []
         for image in images:
-            if do_center_crop and crop_size is None:
+            if square:
                 image = _largest_central_square(image)
             if do_resize:
                 image = self.resize(image, size, resample)
-            if do_center_crop and crop_size is not None:
+            if do_center_crop and not square:
                 image = self.center_crop(image, crop_size)
             sized.append(image)
 
@@ -209,6 +210,9 @@ class _ColorQuantization:
         output = super().to_dict()
         if output.get("clusters") is not None:
             output["clusters"] = np.asarray(output["clusters"]).tolist()  # float64: JSON keeps every bit
+        if output.get("do_center_crop") and output.get("crop_size") is None and "height" in output["size"]:
+            # transformers' processors refuse to crop without a size. A crop of the size resized to is none for them.
+            output["crop_size"] = output["size"]
         return output
 
 

@@ -93,11 +93,11 @@ def training_curve(log_history: list[dict], baselines: dict[str, float] | None =
         points = [(entry["images"], entry[key]) for entry in log_history if key in entry and "images" in entry]
         if points:
             axis.plot(*zip(*points, strict=True), label=label, marker="." if key != "loss" else None)
-    for name, value in (baselines or {}).items():
+    for i, (name, value) in enumerate(sorted((baselines or {}).items(), key=lambda item: item[1])):
         axis.axhline(value, color="grey", linewidth=0.7, linestyle="--")
-        axis.annotate(
-            name.replace("_", " "), (1, value), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom"
-        )
+        at = (0.98 - 0.2 * (i % 2), value)  # alternating, so that neighbours do not overlap
+        label = name.replace("_", " ") + " counts"
+        axis.annotate(label, at, xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
     axis.set_xlabel("images seen")
     axis.set_ylabel("nats per pixel")
     axis.legend()

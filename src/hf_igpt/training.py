@@ -487,7 +487,6 @@ def _records(nats, reference, held_out, trainer, data_args) -> list[evaluation.R
         "seed": trainer.args.seed,
         "data": f"{data_args.name()}, {held_out.processor._grid()[0]}x{held_out.width}, "
         f"{len(held_out.processor.clusters)} colours",
-        "hardware": evaluation.hardware(),
     }
     name = f"Image GPT {trainer.args.size}, {trainer.model.num_parameters():,} parameters, "
     name += f"{state.global_step * _images_per_step(trainer.args):,} images seen"
@@ -555,7 +554,6 @@ def fit_clusters(args: ClustersArguments, data_args: data.DataArguments) -> list
             seed=args.seed,
             model=f"palette of {len(palette)} colours" + (f" from {Path(args.palette).name}" if args.palette else ""),
             data=f"{data_args.name()}, {image_size}x{image_size}",
-            hardware=evaluation.hardware(),
         )
         for metric, value in lost.items()
     ]
