@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= test,lint
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 DEMO = outputs/demo
 TORCHVISION = $(VENV)/torchvision
@@ -21,9 +22,10 @@ demo: $(VENV)/installed  ## learn from the digits and draw, in minutes
 test: $(VENV)/installed-test $(TORCHVISION)/installed  ## the whole suite
 	HF_IGPT_TORCHVISION=$(abspath $(TORCHVISION)) $(VENV)/bin/python -m pytest
 
-# The lowest versions that setup.cfg admits of the two packages whose interfaces move.
+# The lowest versions that setup.cfg admits of the two packages whose interfaces move, with torchvision: that old,
+# AutoImageProcessor does not work without it.
 test-floor:
-	$(MAKE) test VENV=.venv-floor CONSTRAINTS=tests/constraints-floor.txt
+	$(MAKE) test VENV=.venv-floor CONSTRAINTS=tests/constraints-floor.txt EXTRAS=test,lint,torchvision
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
@@ -41,7 +43,7 @@ $(VENV)/installed: setup.cfg pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/pip
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) -c $(CONSTRAINTS) -e ".[test,lint]"
+	$(PIP) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	touch $@
 
 # Beside the environment, not in it: its builds on PyPI do not import next to a CPU build of torch.

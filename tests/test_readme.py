@@ -27,7 +27,7 @@ ELSEWHERE = ("--dataset_name", "--train_dir", "--images", "recipe.json")  # what
 
 def commands(text):
     """Lines that call a script, continuation lines joined, comments dropped."""
-    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    lines = re.sub(r"\\+\n\s*", " ", text).splitlines()
     lines = [line.split("#")[0].strip() for line in lines]
     return [line for line in lines if re.match(r"(python|accelerate launch|torchrun) .*scripts/run_\w+\.py", line)]
 

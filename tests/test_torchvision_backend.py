@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.utils import is_torchvision_available
 
 
 FOLDER = os.environ.get("HF_IGPT_TORCHVISION")  # where `make test` puts torchvision, outside the environment
 
 
+@pytest.mark.skipif(
+    is_torchvision_available(), reason="with torchvision in the environment the tests use it as they are"
+)
 @pytest.mark.skipif(not FOLDER, reason="torchvision is set up by `make test`")
 def test_image_processor_with_torchvision():
     """In a process of its own, because torchvision beside a CPU build of torch breaks unrelated imports."""

@@ -250,7 +250,7 @@ def test_presets_and_overrides():
 
 
 def test_the_clock_ends_a_run_with_its_learning_rate_decayed(tmp_path, greys):
-    run(tmp_path, greys, max_steps=10**6, max_minutes=0.05, save_strategy="steps", save_steps=10**6)
+    run(tmp_path, greys, max_steps=10**6, max_minutes=0.1, warmup_steps=1, save_strategy="steps", save_steps=10**6)
     steps = history(tmp_path)
     assert 3 < len(steps) < 10_000
     assert steps[-1]["learning_rate"] < 0.05 * max(step["learning_rate"] for step in steps)

@@ -15,10 +15,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
+from transformers.utils import is_torchvision_available
 
-from .image_processing_imagegpt import ImageGPTImageProcessorPil
+from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
 from .presets import CROP_SHORTER_SIDE, CROP_SIZE, DIGITS_HELD_OUT_FRACTION, HELD_OUT_FRACTION
 
+
+# What AutoImageProcessor picks; that class itself needs torchvision before transformers 5.2x.
+InstalledProcessor = ImageGPTImageProcessor if is_torchvision_available() else ImageGPTImageProcessorPil
 
 IMAGE = "image"  # the image column's name, and below the label's, whatever the source called them
 LABEL = "label"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.utils.logging import tqdm
 
 from . import data, plots
@@ -178,7 +178,7 @@ class SampleArguments:
 def draw(args: SampleArguments, data_args) -> list[Path]:
     """Write `samples.png` and `completions.png` as the arguments ask; returns their paths."""
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
-    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    processor = data.InstalledProcessor.from_pretrained(args.model_name_or_path)
     _check_fit(model, processor)
     model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     given = [data.read_image({"bytes": None, "path": path}) for path in args.images]

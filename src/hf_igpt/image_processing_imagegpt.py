@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import PILImageResampling, is_pil_image, load_image
+from transformers.image_utils import (
+    ChannelDimension,
+    PILImageResampling,
+    infer_channel_dimension_format,
+    is_pil_image,
+    load_image,
+)
 from transformers.processing_utils import ImagesKwargs
 
 from .clusters import check_palette, colors_of, nearest_color
@@ -81,10 +87,14 @@ class _ColorQuantization:
         return images
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs):
-        image = _eight_bit(image) if is_pil_image(image) else _eight_bit_array(image)
-        return super().process_image(
-            image, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, **kwargs
-        )
+        # The conversion to RGB is ours: transformers' own has changed between versions.
+        if is_pil_image(image):
+            image = _eight_bit(image)
+            image = _rgb(image) if do_convert_rgb else image
+        else:
+            image = _eight_bit_array(image)
+            image = _rgb_array(image, input_data_format) if do_convert_rgb else image
+        return super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
 
     def _validate_preprocess_kwargs(self, do_center_crop=None, crop_size=None, **kwargs):
         # Without a crop size the crop is the largest square, so none is required.
@@ -259,6 +269,38 @@ def _eight_bit(image):
     from PIL import Image
 
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+
+
+def _rgb(image):
+    """A PIL image -> mode RGB, transparency composited onto white."""
+    from PIL import Image
+
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _rgb_array(image, input_data_format=None):
+    """An array of 1, 3 or 4 channels -> 3 channels in its layout: greys repeated, RGBA composited onto white."""
+    layout = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+    axis = 0 if ChannelDimension(layout) == ChannelDimension.FIRST else 2
+    n_channels = image.shape[axis]
+    if n_channels == 3:
+        return image
+    library = torch if torch.is_tensor(image) else np
+    if n_channels == 1:
+        return library.concatenate([image] * 3, axis)
+    floating = image.dtype not in (np.uint8, torch.uint8)
+    if floating and (image.min() < 0 or image.max() > 1):
+        raise ValueError(f"RGBA values of type {image.dtype} lie in [0, 1]; found {image.min()} to {image.max()}.")
+    white = 1.0 if floating else 255.0
+    color, alpha = (image[:3], image[3:]) if axis == 0 else (image[..., :3], image[..., 3:])
+    alpha = alpha / white
+    composite = alpha * color + (1 - alpha) * white
+    composite = composite if floating else library.round(composite)
+    return composite.to(image.dtype) if library is torch else composite.astype(image.dtype)
 
 
 def _eight_bit_array(image):

@@ -13,16 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from accelerate.utils import broadcast_object_list
-from transformers import AutoImageProcessor, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import tqdm
 
 from . import clusters, data, evaluation, generation, plots
 from .configuration_imagegpt import ImageGPTConfig
-from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
 from .modeling_imagegpt import ImageGPTForCausalImageModeling
 from .presets import (
     ADAM_BETAS,
@@ -256,13 +254,15 @@ def load_processor(model_args: ModelArguments, image_size: int, center_crop: boo
     name = model_args.image_processor_name
     if Path(name).suffix in (".npy", ".json"):
         return make_processor(clusters.load_palette(name), image_size, center_crop)
-    return AutoImageProcessor.from_pretrained(name, revision=model_args.model_revision, cache_dir=model_args.cache_dir)
+    return data.InstalledProcessor.from_pretrained(
+        name, revision=model_args.model_revision, cache_dir=model_args.cache_dir
+    )
 
 
 def make_processor(palette: np.ndarray, image_size: int, center_crop: bool = True):
     """A processor of the backend that is installed, for a palette and square images."""
-    backend = ImageGPTImageProcessor if transformers.utils.is_torchvision_available() else ImageGPTImageProcessorPil
-    return backend(clusters=palette, size={"height": image_size, "width": image_size}, do_center_crop=center_crop)
+    size = {"height": image_size, "width": image_size}
+    return data.InstalledProcessor(clusters=palette, size=size, do_center_crop=center_crop)
 
 
 def check_output_dir(args: PretrainingArguments) -> str | None:
