@@ -24,4 +24,4 @@ def test_completions_and_curve_are_pictures():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     assert completions_picture([[image, image.convert("RGBA"), image]] * 2).width > 200
     history = [{"images": 16, "loss": 2.0}, {"images": 32, "loss": 1.5}, {"images": 32, "eval_nats_per_pixel": 1.6}]
-    assert training_curve(history, {"unigram": 2.1}).size == (720, 480)
+    assert training_curve(history, {"unigram": 2.1}).size == (840, 480)

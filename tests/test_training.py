@@ -174,6 +174,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, greys):
     run(tmp_path / "whole", greys, images=images, **options)
     (tmp_path / "resumed").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    for begun in (
+        "palette.png",
+        "preprocessor_config.json",
+        "model.safetensors",
+    ):  # as if stopped while writing its end
+        shutil.copy(tmp_path / "whole" / begun, tmp_path / "resumed")
     run(tmp_path / "resumed", greys, images=images, **options)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed", weight_tolerance=0)
 
@@ -234,17 +240,17 @@ def test_presets_and_overrides():
     arguments = PretrainingArguments(size="s", use_cpu=True)
     assert (arguments.max_steps, arguments.train_batch_size, arguments.adam_beta2) == (1_000_000, 128, 0.95)
     assert arguments.lr_scheduler_type == "cosine" and arguments.weight_decay == 0
-    training._set_steps(arguments, DataArguments(dataset_name="x", image_size=32), range(1_230_000))
+    training._set_steps(arguments, False, range(1_230_000), 32)
     assert arguments.learning_rate == 0.003
     assert arguments.warmup_steps == 9610  # one epoch
     arguments = PretrainingArguments(
         size="s", use_cpu=True, gradient_accumulation_steps=8, num_train_epochs=2, learning_rate=1
     )
     assert (arguments.max_steps, arguments.num_train_epochs, arguments.train_batch_size) == (-1, 2, 16)
-    training._set_steps(arguments, DataArguments(), range(1000))
+    training._set_steps(arguments, False, range(1000), 8)
     assert arguments.learning_rate == 1
     arguments = PretrainingArguments(use_cpu=True, per_device_train_batch_size=5, warmup_steps=7)
-    training._set_steps(arguments, DataArguments(), range(1000))
+    training._set_steps(arguments, False, range(1000), 8)
     assert (arguments.train_batch_size, arguments.warmup_steps) == (5, 7)
     assert arguments.num_train_epochs == SIZES["tiny"].num_epochs
 
@@ -257,17 +263,43 @@ def test_the_clock_ends_a_run_with_its_learning_rate_decayed(tmp_path, greys):
     assert (tmp_path / "records.json").is_file()
 
 
-@pytest.mark.parametrize("kind", ["json", "yaml", "flags"])
+@pytest.mark.parametrize("kind", ["json", "yaml", "flags", "both"])
 def test_a_file_instead_of_flags(tmp_path, kind, monkeypatch):
     options = {"size": "xs", "output_dir": "somewhere", "learning_rate": 0.1, "image_size": 16, "use_cpu": True}
     if kind == "flags":
         arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     else:
-        (tmp_path / f"recipe.{kind}").write_text(json.dumps(options))  # JSON is YAML
-        arguments = [str(tmp_path / f"recipe.{kind}")]
+        kind, flags = ("json", ["--learning_rate", "0.1"]) if kind == "both" else (kind, [])
+        recipe = options | {"learning_rate": 0.2} if flags else options  # flags win
+        (tmp_path / f"recipe.{kind}").write_text(json.dumps(recipe))  # JSON is YAML
+        arguments = [str(tmp_path / f"recipe.{kind}"), *flags]
     monkeypatch.setattr(sys, "argv", ["run_pretrain.py", *arguments])
     _, images, arguments = training.parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description="")
     assert (arguments.size, arguments.learning_rate, images.image_size) == ("xs", 0.1, 16)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("{bad", "cannot be read"),
+        ("[1]", "names and values"),
+        ('{"sise": "s"}', "unknown names: sise"),
+        ('{"size": "h"}', "one of"),
+    ],
+)
+def test_bad_recipes(tmp_path, recipe, message, monkeypatch):
+    (tmp_path / "recipe.json").write_text(recipe)
+    monkeypatch.setattr(sys, "argv", ["run_pretrain.py", str(tmp_path / "recipe.json")])
+    with pytest.raises(ValueError, match=message):
+        training.parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description="")
+
+
+def test_evaluations_and_checkpoints_come_together():
+    assert (PretrainingArguments().eval_steps, PretrainingArguments().save_steps) == (0.1, 0.1)
+    arguments = PretrainingArguments(save_steps=20)
+    assert (arguments.eval_steps, arguments.save_steps) == (20, 20)
+    training._set_steps(arguments, False, range(1600), 8)
+    assert (arguments.eval_steps, arguments.save_steps, arguments.logging_steps) == (20, 20, 30)
 
 
 # -- palettes ----------------------------------------------------------------------------------------------------------
@@ -277,7 +309,7 @@ def test_fit_clusters(tmp_path, palette, capsys):
     records = fit_clusters(ClustersArguments(output_dir=str(tmp_path / "fitted"), num_colors=12), DataArguments())
     assert {record.metric for record in records} == {"rmse_grey_levels", "psnr_db"}
     processor = AutoImageProcessor.from_pretrained(tmp_path / "fitted")
-    assert len(processor.clusters) == 12 and processor._grid() == (8, 8)
+    assert len(processor.clusters) == 12 and processor.token_grid() == (8, 8)
     assert np.array_equal(np.load(tmp_path / "fitted" / "palette.npy"), processor.clusters)
     assert Image.open(tmp_path / "fitted" / "palette.png").width > 100
     np.save(tmp_path / "kmeans_centers.npy", palette.astype(np.float32))
@@ -318,6 +350,11 @@ def test_foreign_and_finished_folders_are_refused(tmp_path, greys):
     with pytest.raises(ValueError, match=r"holds something else \(chapter.tex\)"):
         run(tmp_path / "thesis", greys)
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+    for model_of_another in ("config.json", "preprocessor_config.json"):
+        (tmp_path / model_of_another / "folder").mkdir(parents=True)
+        (tmp_path / model_of_another / "folder" / model_of_another).write_text("{}")
+        with pytest.raises(ValueError, match="holds something else"):
+            run(tmp_path / model_of_another / "folder", greys)
     run(tmp_path / "done", greys, max_steps=1)
     with pytest.raises(ValueError, match="finished run"):
         run(tmp_path / "done", greys, max_steps=1)

@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from transformers.utils.logging import tqdm
 
 
 MAX_COLORS = 65535  # tokens are stored as uint16, and one value of the lookup table means "not computed yet"
@@ -110,6 +109,7 @@ def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0, progress: bool
     """
     try:
         from sklearn.cluster import KMeans, kmeans_plusplus
+        from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("Fitting a palette needs scikit-learn: pip install scikit-learn") from error
 
@@ -128,7 +128,7 @@ def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0, progress: bool
         return to_unit_range(distinct)
     colors, weights = distinct.astype(np.float32), counts.astype(np.float32)
     centers, _ = kmeans_plusplus(colors, n_colors, sample_weight=weights, random_state=seed)
-    with tqdm(desc="Fitting the palette", unit="iteration", disable=not progress) as bar:
+    with tqdm(desc="Fitting the palette", unit="iteration", disable=None if progress else True) as bar:
         while True:
             # Lloyd's iterations in portions, each from where the last one ended, for the sake of the bar.
             kmeans = KMeans(n_colors, init=centers, n_init=1, max_iter=_PORTION, tol=0, algorithm="lloyd")

@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers.utils import is_torchvision_available
 
@@ -180,12 +180,20 @@ def _load_files(place: str, options: dict) -> dict:
     if path.is_dir() and any(path.rglob("*.parquet")):
         splits = datasets.load_dataset("parquet", data_dir=place, **options)
     elif path.is_dir():
+        if not image_files(path):
+            raise ValueError("the folder holds no image files.")
         splits = datasets.load_dataset("imagefolder", data_files={"train": str(path / "**")}, **options)
     else:
         splits = datasets.load_dataset("parquet", data_files={"train": place}, **options)
     if not options["streaming"] and len(splits["train"]) == 0:
-        raise ValueError("it holds no image files.")
+        raise ValueError("it holds no images.")
     return dict(splits)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Files in a folder and its subfolders that are images by their name, in order."""
+    known = Image.registered_extensions()
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
 
 
 def _standard_columns(dataset, args: DataArguments):
@@ -221,7 +229,7 @@ def _streaming_splits(splits: dict, args: DataArguments, seed: int) -> dict:
         validation = validation.take(args.max_eval_samples)
     if args.max_train_samples is not None:
         train = train.take(args.max_train_samples)
-    rows = list(tqdm(validation, desc="Reading held-out images", unit="img"))
+    rows = list(tqdm(validation, desc="Reading held-out images", unit="image", disable=None))
     if not rows:
         raise ValueError("The stream holds no images for evaluation.")
     validation = datasets.Dataset.from_list(rows, features=validation.features)
@@ -238,7 +246,8 @@ def read_image(cell):
             image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
             return ImageOps.exif_transpose(image)
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"{cell.get('path') or 'no path'}: {type(error).__name__}: {error}") from error
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
+        raise ValueError(f"{cell.get('path') or 'no path'}: {reason or f'{type(error).__name__}: {error}'}") from error
 
 
 def _read_batch(cells, indices, on_bad_image: str):
@@ -272,18 +281,19 @@ def sample_pixels(
     resize = ImageGPTImageProcessorPil(size=image_size, do_center_crop=center_crop)
     rng = np.random.default_rng(seed)
     per_image = min(image_size * image_size, -(-n_pixels // len(dataset)))
-    sampled = []
-    for start in tqdm(range(0, len(dataset), 256), desc="Sampling pixels", unit="batch", leave=False):
+    sampled, bad = [], []
+    for start in tqdm(range(0, len(dataset), 256), desc="Sampling pixels", unit="batch", leave=False, disable=None):
         indices = range(start, min(start + 256, len(dataset)))
-        images, _ = _read_batch(dataset[start : indices.stop][IMAGE], indices, on_bad_image)
+        images, reasons = _read_batch(dataset[start : indices.stop][IMAGE], indices, on_bad_image)
+        bad += filter(None, reasons)
         if not images:
             continue
         resized = resize(images, do_color_quantize=False, do_rescale=False, do_normalize=False)["pixel_values"]
         for image in resized:
             pixels = np.asarray(image).reshape(3, -1).T
             sampled.append(pixels[rng.permutation(len(pixels))[:per_image]])
-    if not sampled:
-        raise ValueError("None of the images can be read.")
+    if bad:
+        report_bad_images(bad, len(dataset))
     pixels = np.concatenate(sampled).astype(np.uint8)
     return pixels if len(pixels) <= n_pixels else pixels[rng.permutation(len(pixels))[:n_pixels]]
 
@@ -297,7 +307,7 @@ def tokenize(dataset: datasets.Dataset, processor, on_bad_image: str = "error", 
     Cached on disk by `datasets`, keyed by the images and the processor. Unreadable images stop it, or with "skip" are
     left out and reported.
     """
-    n_tokens = int(np.prod(processor._grid()))
+    n_tokens = int(np.prod(processor.token_grid()))
     dtype = "uint8" if len(processor.clusters) <= 256 else "uint16"
     features = {TOKENS: datasets.List(datasets.Value(dtype), length=n_tokens), "bad": datasets.Value("string")}
     if LABEL in dataset.features:
@@ -354,7 +364,7 @@ class ImageTokens(torch.utils.data.Dataset):
     def __init__(self, dataset, processor, random_crop=False, random_flip=False, seed=0, on_bad_image="error"):
         self.processor, self.random_crop, self.random_flip = processor, random_crop, random_flip
         self.seed, self.epoch, self.on_bad_image = seed, 0, on_bad_image
-        self.width = processor._grid()[1]
+        self.width = processor.token_grid()[1]
         self.dataset = dataset if random_crop else dataset.with_format("numpy", columns=[TOKENS], dtype=np.uint16)
 
     def set_epoch(self, epoch: int):
@@ -413,7 +423,7 @@ def readable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets
 
 def stream_tokens(dataset: datasets.IterableDataset, processor, args: DataArguments) -> datasets.IterableDataset:
     """A stream of images -> a stream of rows `{"input_ids": (N,)}`, augmented with torch's random numbers."""
-    width = processor._grid()[1]
+    width = processor.token_grid()[1]
 
     def to_tokens(batch, indices):
         images, reasons = _read_batch(batch[IMAGE], indices, args.on_bad_image)

@@ -13,6 +13,7 @@ import transformers
 
 
 BITS_PER_NAT = 1 / np.log(2)
+_STRENGTHS = (0.3, 1, 3, 10, 30, 100, 300)  # of smoothing, in counts
 
 
 @dataclass
@@ -129,7 +130,11 @@ def _smoothed(context, x, context_test, x_test, n_colors, fallback, fallback_tes
         return pair, total
 
     pair, total = counts(context, x)
-    left_out = {s: (pair - 1 + s * fallback) / (total - 1 + s) for s in (0.3, 1, 3, 10, 30, 100, 300)}
-    strength = max(left_out, key=lambda s: np.log(left_out[s]).mean())
+    best, strength, left_out = -np.inf, None, None
+    for candidate in _STRENGTHS:
+        probabilities = (pair - 1 + candidate * fallback) / (total - 1 + candidate)
+        likelihood = np.log(probabilities).mean()
+        if likelihood > best:
+            best, strength, left_out = likelihood, candidate, probabilities
     pair_test, total_test = counts(context_test, x_test)
-    return left_out[strength], (pair_test + strength * fallback_test) / (total_test + strength)
+    return left_out, (pair_test + strength * fallback_test) / (total_test + strength)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
-from transformers.utils.logging import tqdm
 
 from . import data, plots
 
@@ -58,7 +58,7 @@ def complete(
     images: what the processor takes, or tokens (n, N). Returns for each image a list of `num_completions` PIL images,
     or tokens (n, num_completions, N). The kept pixels are the image's own, exactly. Other arguments as `sample`.
     """
-    height, width = processor._grid()
+    height, width = processor.token_grid()
     rows = height // 2 if rows is None else rows
     if not 0 <= rows <= height:
         raise ValueError(f"rows is between 0 and the image's height, {height}; found {rows}.")
@@ -78,7 +78,7 @@ def complete(
 def picture_of_completions(processor, images, completions, rows: int | None = None) -> list[list[Image.Image]]:
     """Rows of pictures for a grid: each image as the model sees it, its kept part, and its completions."""
     tokens = processor(images, return_tensors="pt")["input_ids"]
-    height, width = processor._grid()
+    height, width = processor.token_grid()
     rows = height // 2 if rows is None else rows
     originals = processor.decode(tokens)
     halves = processor.decode(tokens[:, : rows * width], missing="grey")
@@ -86,7 +86,7 @@ def picture_of_completions(processor, images, completions, rows: int | None = No
 
 
 def _check_fit(model, processor):
-    height, width = processor._grid()
+    height, width = processor.token_grid()
     n_colors = model.config.vocab_size - 1
     if height * width != model.config.n_positions or processor.clusters is None or len(processor.clusters) != n_colors:
         has = "no" if processor.clusters is None else len(processor.clusters)
@@ -161,7 +161,7 @@ class SampleArguments:
     num_images: int = field(
         default=0, metadata={"help": "Images drawn from nothing. Default: 16 if nothing is completed."}
     )
-    images: list[str] = field(default_factory=list, metadata={"help": "Image files to complete."})
+    images: list[str] = field(default_factory=list, metadata={"help": "Image files to complete, or folders of them."})
     num_held_out: int = field(
         default=0, metadata={"help": "Complete this many held-out images of the dataset (the digits by default)."}
     )
@@ -177,15 +177,22 @@ class SampleArguments:
 
 def draw(args: SampleArguments, data_args) -> list[Path]:
     """Write `samples.png` and `completions.png` as the arguments ask; returns their paths."""
+    if args.rows is not None and not (args.images or args.num_held_out):
+        raise ValueError("--rows is of images to complete: give them with --images or --num_held_out.")
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
     processor = data.InstalledProcessor.from_pretrained(args.model_name_or_path)
     _check_fit(model, processor)
     model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    given = [data.read_image({"bytes": None, "path": path}) for path in args.images]
+    files = [Path(name) for name in args.images]
+    files = [file for path in files for file in (data.image_files(path) if path.is_dir() else [path])]
+    given = [data.read_image({"bytes": None, "path": str(file)}) for file in files]
     if args.num_held_out:
         held_out = data.load_images(data_args, seed=args.seed)["validation"]
         cells = held_out.select(range(min(args.num_held_out, len(held_out))))[data.IMAGE]
+        print(f"Completing {len(cells)} held-out images of {data_args.name()}")
         given += [data.read_image(cell) for cell in cells]
+    if args.images and not given:
+        raise ValueError(f"There are no image files in {', '.join(args.images)}.")
     folder = Path(args.output_dir or args.model_name_or_path)
     if args.output_dir is None and not folder.is_dir():
         raise ValueError("Give --output_dir: the model is on the Hub, so there is no folder of its own to write to.")

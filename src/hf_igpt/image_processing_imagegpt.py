@@ -59,6 +59,8 @@ class _ColorQuantization:
 
     def __init__(self, clusters=None, **kwargs):
         super().__init__(clusters=None if clusters is None else check_palette(clusters), **kwargs)
+        if self.do_center_crop and self.crop_size == self.size:
+            self.crop_size = None  # the largest square, as `to_dict` writes it
 
     def fetch_images(self, image_url_or_urls):
         """Images behind paths and URLs, by PIL in both backends. One that cannot be read is a ValueError naming it."""
@@ -185,7 +187,7 @@ class _ColorQuantization:
             raise ValueError("This image processor has no palette to decode with: pass `clusters` when creating it.")
         if missing not in ("transparent", "grey"):
             raise ValueError(f'`missing` is "transparent" or "grey"; found {missing!r}.')
-        height, width = self._grid(size)
+        height, width = self.token_grid(size)
         rows = [input_ids] if np.ndim(input_ids[0]) == 0 else input_ids
         n_colors = len(self.clusters)
         images = []
@@ -207,8 +209,8 @@ class _ColorQuantization:
             images.append(Image.fromarray(pixels.reshape(height, width, -1)))
         return images
 
-    def _grid(self, size=None) -> tuple[int, int]:
-        """(height, width) in pixels of the token grid."""
+    def token_grid(self, size=None) -> tuple[int, int]:
+        """(height, width) in pixels of the images that tokens form: `size`, or the processor's own."""
         if size is None:
             size = self.size
             if not (size.get("height") and size.get("width")):

@@ -88,16 +88,19 @@ def training_curve(log_history: list[dict], baselines: dict[str, float] | None =
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4), dpi=120)
+    figure, axis = plt.subplots(figsize=(7, 4), dpi=120)
     for key, label in (("loss", "training"), ("eval_nats_per_pixel", "held out")):
         points = [(entry["images"], entry[key]) for entry in log_history if key in entry and "images" in entry]
         if points:
             axis.plot(*zip(*points, strict=True), label=label, marker="." if key != "loss" else None)
-    for i, (name, value) in enumerate(sorted((baselines or {}).items(), key=lambda item: item[1])):
+    labels: dict[float, str] = {}
+    for name, value in sorted((baselines or {}).items(), key=lambda item: item[1]):
         axis.axhline(value, color="grey", linewidth=0.7, linestyle="--")
-        at = (0.98 - 0.2 * (i % 2), value)  # alternating, so that neighbours do not overlap
-        label = name.replace("_", " ") + " counts"
-        axis.annotate(label, at, xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+        near = [other for other in labels if abs(other - value) < 0.03 * value]  # their labels would overlap
+        at = near[0] if near else value
+        labels[at] = (labels[at] + ", " if near else "") + name.replace("_", " ")
+    for value, label in labels.items():
+        axis.annotate(label, (1.01, value), xycoords=("axes fraction", "data"), fontsize=7, va="center")
     axis.set_xlabel("images seen")
     axis.set_ylabel("nats per pixel")
     axis.legend()

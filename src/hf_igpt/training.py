@@ -6,18 +6,23 @@ clock, a picture of samples at each evaluation.
 
 import argparse
 import math
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
+import transformers
+import yaml
 from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.image_utils import SizeDict
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils.logging import tqdm
 
 from . import clusters, data, evaluation, generation, plots
 from .configuration_imagegpt import ImageGPTConfig
@@ -36,7 +41,10 @@ from .presets import (
 
 
 RECORD = "records.json"  # written last: a folder that holds it holds a finished run
-_OURS = {RECORD, "samples", "palette.png", "training.png", "preprocessor_config.json", "runs"}
+# What a run writes before its first checkpoint, the picture first; and what its end writes before the records.
+_BEGUN = {"palette.png", "preprocessor_config.json", "samples", "runs"}
+_ENDED = {"config.json", "generation_config.json", "model.safetensors", "training_args.bin", "training.png"}
+_BASELINE_TOKENS = 20_000_000  # training tokens that are counted, at most
 
 
 @dataclass
@@ -101,8 +109,14 @@ class PretrainingArguments(TrainingArguments):
         default="cosine", metadata={"help": "Schedule after warm-up (paper A.1: cosine to 0)."}
     )
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
-    eval_steps: float | None = field(default=0.1, metadata={"help": "Steps between evaluations, or a fraction of all."})
-    save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints, or a fraction of all."})
+    eval_steps: float | None = field(
+        default=None,
+        metadata={"help": "Steps between evaluations, or a fraction of all. Default: --save_steps, or 0.1."},
+    )
+    save_steps: float | None = field(
+        default=None,
+        metadata={"help": "Steps between checkpoints, or a fraction of all. Default: --eval_steps, or 0.1."},
+    )
     save_total_limit: int | None = field(
         default=1, metadata={"help": "Checkpoints kept, beside the best. The last is always kept."}
     )
@@ -128,8 +142,14 @@ class PretrainingArguments(TrainingArguments):
         self.label_names = ["labels"]
         if self._batch_from_preset:
             self.per_device_train_batch_size = recipe.batch_size
-        if self.eval_strategy == "no":
+        if self.eval_strategy == "no" or self.save_strategy == "no":
             self.load_best_model_at_end = False
+        # Checkpoints are chosen by their evaluation, so both come together unless told otherwise.
+        self.eval_steps, self.save_steps = (
+            next(steps for steps in (one, other, 0.1) if steps is not None)
+            for one, other in ((self.eval_steps, self.save_steps), (self.save_steps, self.eval_steps))
+        )
+        self.use_cpu |= not torch.accelerator.is_available()
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.label_smoothing_factor:
@@ -172,6 +192,11 @@ class _Clock(TrainerCallback):
 class _ImageProgress(ProgressCallback):
     """transformers' progress bar, counting images, with one line of log instead of a dictionary."""
 
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description("Evaluating")
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.current_step = 0
         if state.is_world_process_zero:
@@ -182,6 +207,7 @@ class _ImageProgress(ProgressCallback):
                 unit="image",
                 unit_scale=True,
                 dynamic_ncols=True,
+                disable=None,
             )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -267,25 +293,26 @@ def make_processor(palette: np.ndarray, image_size: int, center_crop: bool = Tru
 
 def check_output_dir(args: PretrainingArguments) -> str | None:
     """The checkpoint to resume from, if any. A folder that holds anything but an unfinished run of ours: ValueError."""
-    if args.resume_from_checkpoint not in (None, "True", True):
-        if not Path(args.resume_from_checkpoint).is_dir():
-            raise ValueError(f"There is no checkpoint at {args.resume_from_checkpoint}.")
-        return args.resume_from_checkpoint
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file.")
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if RECORD in names:
         raise ValueError(f"{folder} holds a finished run: give another --output_dir, or delete it.")
-    strange = sorted(name for name in names if name not in _OURS and not name.startswith("checkpoint-"))
+    last = get_last_checkpoint(folder) if names else None
+    ours = (_BEGUN if "palette.png" in names else set()) | (_ENDED if last else set())
+    strange = sorted(name for name in names - ours if not name.startswith("checkpoint-"))
     if strange:
         raise ValueError(
             f"{folder} holds something else ({', '.join(strange[:5])}): give an empty or a new --output_dir."
         )
-    last = get_last_checkpoint(folder) if names else None
-    if args.resume_from_checkpoint and last is None:
-        raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}.")
-    return last
+    if args.resume_from_checkpoint in (None, "True", "true", True):
+        if args.resume_from_checkpoint and last is None:
+            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}.")
+        return last
+    if not Path(args.resume_from_checkpoint).is_dir():
+        raise ValueError(f"There is no checkpoint at {args.resume_from_checkpoint}.")
+    return args.resume_from_checkpoint
 
 
 def pretrain(
@@ -313,10 +340,11 @@ def pretrain(
     processor = _processor(model_args, data_args, args, checkpoint, splits["train"])
     model = _model(model_args, args, processor)
     train, held_out, reference = _tokens(splits, processor, data_args, args)
-    _set_steps(args, data_args, train)
+    _set_steps(args, data_args.streaming, train, processor.token_grid()[0])
     if args.should_save:  # from here on everything has been checked
-        processor.save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         plots.palette_picture(processor.clusters).save(folder / "palette.png")
+        processor.save_pretrained(folder)
 
     clock = None if args.max_minutes is None else _Clock(args.max_minutes, args.device)
     trainer = PretrainingTrainer(
@@ -337,10 +365,14 @@ def pretrain(
     _say(
         args,
         f"Training {model.num_parameters():,} parameters ({args.size}) on {data_args.name()}: "
-        f"{processor._grid()[0]}x{processor._grid()[1]} pixels, {len(processor.clusters)} colours, "
-        f"{_images_per_step(args)} images a step",
+        f"{processor.token_grid()[0]}x{processor.token_grid()[1]} pixels, {len(processor.clusters)} colours, "
+        f"{_images_per_step(args)} images a step"
+        + ("" if data_args.streaming else f", {len(train):,} images, {len(held_out):,} held out"),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    if clock and trainer.state.global_step < trainer.state.max_steps:
+        seen, planned = (n * _images_per_step(args) for n in (trainer.state.global_step, trainer.state.max_steps))
+        _say(args, f"Stopped by --max_minutes {args.max_minutes:g} after {seen:,} of {planned:,} images.")
     trainer.save_model()
     metrics = trainer.evaluate()
     records = _records(metrics["eval_nats_per_pixel"], reference, held_out, trainer, data_args)
@@ -354,12 +386,7 @@ def pretrain(
 
 def _say(args, text: str):
     if args.should_log:
-        tqdm_write(text)
-
-
-def tqdm_write(text: str):
-    """Print a line without breaking a progress bar."""
-    data.tqdm.write(text)
+        data.tqdm.write(text)  # does not break a progress bar
 
 
 def _processor(model_args, data_args, args, checkpoint, train_images):
@@ -369,8 +396,8 @@ def _processor(model_args, data_args, args, checkpoint, train_images):
     if source:
         named = ModelArguments(**{**vars(model_args), "image_processor_name": str(source)})
         processor = load_processor(named, image_size, data_args.center_crop)
-        if data_args.image_size and processor._grid() != (image_size, image_size):
-            processor.size = {"height": image_size, "width": image_size}
+        if data_args.image_size and processor.token_grid() != (image_size, image_size):
+            processor.size = SizeDict(height=image_size, width=image_size)
         if processor.clusters is None:
             raise ValueError(
                 f"The image processor of {source} has no palette: name another, or leave it out to fit one."
@@ -398,7 +425,7 @@ def _processor(model_args, data_args, args, checkpoint, train_images):
 
 
 def _model(model_args, args, processor):
-    height, width = processor._grid()
+    height, width = processor.token_grid()
     options = {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
     if model_args.model_name_or_path:
         source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
@@ -437,9 +464,9 @@ def _tokens(splits, processor, data_args, args):
         )
     reference = {}
     if tokens is not None and args.should_log:
-        some = tokens.select(range(min(len(tokens), 20_000_000 // held_out_length(held_out))))
+        some = tokens.select(range(min(len(tokens), _BASELINE_TOKENS // math.prod(processor.token_grid()))))
         reference = evaluation.baselines(
-            data.token_array(some), data.token_array(held_out), processor._grid()[1], len(processor.clusters)
+            data.token_array(some), data.token_array(held_out), processor.token_grid()[1], len(processor.clusters)
         )
     train = data.ImageTokens(
         images if tokens is None else tokens, processor, data_args.random_crop, data_args.random_flip, args.seed
@@ -447,26 +474,23 @@ def _tokens(splits, processor, data_args, args):
     return train, data.ImageTokens(held_out, processor), reference
 
 
-def held_out_length(tokens) -> int:
-    """N of a tokenised dataset."""
-    return tokens.features[data.TOKENS].length
-
-
-def _set_steps(args, data_args, train):
+def _set_steps(args, streaming, train, image_size):
     """Fill in what depends on the preset, the size of an epoch and the image size."""
-    if data_args.streaming and args.max_steps <= 0:
+    if streaming and args.max_steps <= 0:
         raise ValueError("A stream has no length: give --max_steps.")
-    recipe = SIZES[args.size]
     if args.learning_rate is None:
-        args.learning_rate = recipe.learning_rate_for("causal", data_args.image_size or IMAGE_SIZE)
+        args.learning_rate = SIZES[args.size].learning_rate_for("causal", image_size)
+    steps_per_epoch = None if streaming else math.ceil(len(train) / _images_per_step(args))
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     if not args.warmup_steps:
-        if data_args.streaming:
+        if streaming:
             args.warmup_steps = WARMUP_FRACTION
         else:
             epochs = WARMUP_EPOCHS if args.warmup_epochs is None else args.warmup_epochs
-            steps_per_epoch = math.ceil(len(train) / _images_per_step(args))
-            total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
             args.warmup_steps = min(math.ceil(epochs * steps_per_epoch), total // 10)
+    for name in ("eval_steps", "save_steps", "logging_steps"):  # fractions become steps, as checkpoints record them
+        steps = getattr(args, name)
+        setattr(args, name, int(steps) if steps >= 1 else max(1, math.ceil(steps * total)))
 
 
 def _per_image_nats(logits, labels):
@@ -485,7 +509,7 @@ def _records(nats, reference, held_out, trainer, data_args) -> list[evaluation.R
         "split": "held out",
         "n": len(held_out),
         "seed": trainer.args.seed,
-        "data": f"{data_args.name()}, {held_out.processor._grid()[0]}x{held_out.width}, "
+        "data": f"{data_args.name()}, {held_out.processor.token_grid()[0]}x{held_out.width}, "
         f"{len(held_out.processor.clusters)} colours",
     }
     name = f"Image GPT {trainer.args.size}, {trainer.model.num_parameters():,} parameters, "
@@ -563,25 +587,55 @@ def fit_clusters(args: ClustersArguments, data_args: data.DataArguments) -> list
         f"{lost['psnr_db']:.2f} dB PSNR"
     )
     print(f"Wrote the image processor, palette.npy, palette.png and records to {folder}")
-    print(f"Next: python scripts/run_pretrain.py --image_processor_name {folder}")
+    flags = {"dataset_name": data_args.dataset_name, "train_dir": data_args.train_dir, "image_processor_name": folder}
+    flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value)
+    print(f"Next: python scripts/run_pretrain.py {flags}")
     return records
 
 
 def parse_arguments(*dataclasses, description: str):
-    """Command-line flags, or one .json, .yaml or .yml file of the same names, as instances of `dataclasses`."""
+    """Command-line flags as instances of `dataclasses`. A first argument FILE.json, .yaml or .yml gives their defaults."""
     parser = HfArgumentParser(
         dataclasses, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
-        parse = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
-        return parse(sys.argv[1])
-    return parser.parse_args_into_dataclasses()
+    flags = sys.argv[1:]
+    if flags and flags[0].endswith((".json", ".yaml", ".yml")):
+        recipe = _read_recipe(Path(flags.pop(0)))
+        known = {action.dest: action for action in parser._actions}
+        if unknown := sorted(set(recipe) - set(known)):
+            raise ValueError(f"{sys.argv[1]} has unknown names: {', '.join(unknown)}.")
+        for name, value in recipe.items():
+            choices = known[name].choices
+            if choices and value not in choices:
+                raise ValueError(f"{sys.argv[1]}: {name} is one of {', '.join(map(str, choices))}; found {value!r}.")
+            known[name].required = False
+        parser.set_defaults(**recipe)
+    return parser.parse_args_into_dataclasses(flags)
+
+
+def _read_recipe(file: Path) -> dict:
+    try:
+        recipe = yaml.safe_load(file.read_text())  # JSON is YAML
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"The recipe {file} cannot be read: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {file} does not hold names and values.")
+    return recipe
 
 
 def run_script(function, *dataclasses, description: str):
     """Call `function` with what `parse_arguments` gives; what it refuses ends the program in one line and status 2."""
+    transformers.utils.logging.disable_progress_bar()  # of loading and writing files; ours stay
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    name = Path(sys.argv[0]).name
     try:
         function(*parse_arguments(*dataclasses, description=description))
-    except ValueError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            f"{name}: interrupted. The same command goes on from the last checkpoint, if there is one.", file=sys.stderr
+        )
+        sys.exit(130)
