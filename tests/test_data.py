@@ -26,9 +26,6 @@ from hf_igpt.data import (
 )
 
 
-RNG = np.random.default_rng(0)
-
-
 def picture(seed, size=(12, 10)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
@@ -71,7 +68,7 @@ def test_digits_are_scikit_learns():
     dataset = digits()
     assert len(dataset) == 1797 and dataset.features["label"].num_classes == 10
     scan = np.asarray(read_image(dataset[5]["image"]))
-    assert np.array_equal(scan, np.rint(load_digits().images[5] * 255 / 16))
+    assert scan.shape == (8, 8, 3) and np.array_equal(scan[..., 0], np.rint(load_digits().images[5] * 255 / 16))
 
 
 def test_default_split_of_the_digits_is_seeded():
@@ -132,6 +129,7 @@ def test_chosen_columns(tmp_path):
         ({"image_column_name": "picture"}, "picture is not in the dataset; its columns are image, label"),
         ({"label_column_name": "kind"}, "--label_column_name kind"),
         ({"dataset_name": "x"}, "not both"),
+        ({"on_bad_image": "Skip"}, "on_bad_image is error or skip"),
         ({"train_val_split": 1.5}, "between 0 and 1"),
     ],
 )
@@ -167,8 +165,61 @@ def test_tokens_are_cached_on_disk(folder, processor, palette, monkeypatch):
     monkeypatch.setattr(ImageGPTImageProcessorPil, "__call__", lambda *args, **kwargs: pytest.fail("tokenised again"))
     again = tokenize(load_images(arguments)["train"], ImageGPTImageProcessorPil.from_dict(processor.to_dict()))
     assert np.array_equal(token_array(first), token_array(again))
-    with pytest.raises(BaseException, match="tokenised again"):  # another palette, other tokens
-        tokenize(load_images(arguments)["train"], ImageGPTImageProcessorPil(clusters=palette[::-1], size=8))
+    options = {"clusters": palette, "size": 8, "do_center_crop": True}
+    for other in ({"clusters": palette[::-1]}, {"size": 4}, {"resample": 0}, {"do_center_crop": False}):
+        with pytest.raises(BaseException, match="tokenised again"):
+            tokenize(load_images(arguments)["train"], ImageGPTImageProcessorPil(**(options | other)))
+
+
+@pytest.mark.parametrize("kind", ["folder", "paths"])
+def test_changed_images_are_tokenised_anew(folder, processor, tmp_path, kind):
+    files = sorted(str(path) for path in folder.rglob("*.png"))
+    place = folder
+    if kind == "paths":
+        place = tmp_path / "table.parquet"
+        datasets.Dataset.from_dict({"image": files}).to_parquet(place)
+    arguments = DataArguments(train_dir=str(place))
+    before = token_array(tokenize(load_images(arguments)["train"], processor))
+    for file in files:
+        picture(99, size=(13, 10)).save(file)
+    after = token_array(tokenize(load_images(arguments)["train"], processor))
+    assert not np.array_equal(before, after) and (after == after[0]).all()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "paths", "arrays", "channels first", "greys", "nothing"])
+def test_kinds_of_image_columns(tmp_path, processor, kind):
+    import pyarrow
+
+    images = [picture(i) for i in range(6)]
+    encoded = []
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+        encoded.append((tmp_path / f"{i}.png").read_bytes())
+    columns = {
+        "bytes": pyarrow.array(encoded, pyarrow.large_binary()),
+        "paths": pyarrow.array([str(tmp_path / f"{i}.png") for i in range(6)], pyarrow.large_string()),
+        "arrays": [np.asarray(image).tolist() for image in images],
+        "channels first": [np.asarray(image).transpose(2, 0, 1).tolist() for image in images],
+        "greys": [np.asarray(image.convert("L")).tolist() for image in images],
+        "nothing": [None if i else encoded[0] for i in range(6)],
+    }
+    pyarrow.parquet.write_table(pyarrow.table({"image": columns[kind]}), tmp_path / "table.parquet")
+    split = load_images(DataArguments(train_dir=str(tmp_path / "table.parquet"), train_val_split=0.17))["train"]
+    if kind == "nothing":
+        with pytest.raises(ValueError, match=r"Image \d cannot be read"):
+            tokenize(split, processor)
+        return
+    expected = processor([image.convert("L") if kind == "greys" else image for image in images])["input_ids"]
+    found = token_array(tokenize(split, processor))
+    assert len(found) == 5 and {tuple(row) for row in found} <= {tuple(row) for row in expected}
+    cropped = ImageTokens(split, processor, random_crop=True)
+    assert cropped[0].shape == (64,)
+
+
+def test_float_arrays_are_refused(tmp_path, processor):
+    datasets.Dataset.from_dict({"image": np.random.rand(4, 8, 8).tolist()}).to_parquet(tmp_path / "table.parquet")
+    with pytest.raises(ValueError, match="grey levels 0..255; found an array of float"):
+        tokenize(load_images(DataArguments(train_dir=str(tmp_path), train_val_split=0.3))["train"], processor)
 
 
 def test_sampled_pixels_come_from_all_images(folder):
@@ -198,17 +249,16 @@ def test_epochs_flip_anew_and_alike_everywhere(folder, processor):
     assert len({tuple(row) for row in np.array(flips).tolist()}) == 4
 
 
-def test_random_crop_is_the_papers(processor, palette):
+def test_random_crop_is_the_papers():
     rng = np.random.default_rng(0)
-    gradient = Image.fromarray(np.broadcast_to(np.arange(0, 240, dtype=np.uint8), (480, 240)).copy())
+    gradient = Image.fromarray(np.broadcast_to(np.arange(0, 240, dtype=np.uint8), (480, 240)).copy()).convert("RGB")
     widths = []
     for _ in range(50):
         crop = np.asarray(random_crop(gradient, rng)).astype(float)
-        assert crop.shape == (224, 224)
-        widths.append(crop[0, -1] - crop[0, 0])  # grey levels across: 240 · 224 / shorter side
+        assert crop.shape == (224, 224, 3)
+        widths.append(crop[0, -1, 0] - crop[0, 0, 0])  # grey levels across: 240 · 224 / shorter side
     assert 240 * 224 / 384 - 3 < min(widths) < max(widths) < 240 * 224 / 256 + 3
     assert max(widths) - min(widths) > 30
-    assert random_crop(picture(0).convert("P"), rng).size == (224, 224)
 
 
 def test_random_crops_are_drawn_anew_each_epoch(folder, processor):

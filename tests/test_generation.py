@@ -53,7 +53,7 @@ def test_completions_keep_the_given_rows(model, processor, rows):
     assert (completions[:, :, :kept] == tokens[:, None, :kept]).all()
     if kept < 64:
         assert not torch.equal(completions[:, 0], completions[:, 1])
-    from_tokens = complete(model, processor, tokens, rows, num_completions=2, return_tokens=True)
+    from_tokens = complete(model, processor, tokens=tokens, rows=rows, num_completions=2, return_tokens=True)
     assert torch.equal(from_tokens, completions)
     pictures = complete(model, processor, given, rows, num_completions=2)
     assert len(pictures) == 3 and len(pictures[0]) == 2
@@ -76,6 +76,9 @@ def test_low_temperature_and_top_k_1_are_greedy(model, processor):
         (lambda m, p: sample(m, p, 1, top_p=0), "top_p"),
         (lambda m, p: complete(m, p, images(1), rows=9), "between 0 and the image's height, 8; found 9"),
         (lambda m, p: complete(m, p, images(1), num_completions=0), "num_completions"),
+        (lambda m, p: complete(m, p), "either `images` or `tokens`"),
+        (lambda m, p: complete(m, p, tokens=torch.zeros(2, 10, dtype=torch.long)), r"shape \(n, 64\)"),
+        (lambda m, p: complete(m, p, tokens=torch.full((1, 64), 16), rows=8), "token 16"),
     ],
 )
 def test_bad_arguments(model, processor, call, message):

@@ -163,7 +163,17 @@ def test_decode_inverts_the_processor(palette):
     with_sos = torch.nn.functional.pad(tokens, (1, 0), value=64)  # as generate() returns them
     assert np.array_equal(np.asarray(processor.decode(with_sos)[1]), np.asarray(images[1]))
     assert np.array_equal(np.asarray(processor.decode(tokens[1].tolist())[0]), np.asarray(images[1]))
-    assert processor.decode(tokens, size=(4, 16))[0].size == (16, 4)
+    for size in ((4, 16), {"height": 4, "width": 16}, np.array([4, 16])):
+        assert processor.decode(tokens, size=size)[0].size == (16, 4)
+    assert processor.decode(tokens[:, :16], size=np.int64(4))[0].size == (4, 4)
+    assert processor.decode(tokens[:0]) == []
+
+
+def test_decode_knows_the_grid_that_the_options_make(palette):
+    cropped = Processor(clusters=palette, size=16, do_center_crop=True, crop_size=8)
+    assert cropped.decode(cropped(PHOTO)["input_ids"])[0].size == (8, 8)
+    with pytest.raises(ValueError, match="fix no height and width"):
+        Processor(clusters=palette, do_resize=False).decode(torch.zeros(1, 64, dtype=torch.long))
 
 
 def test_decode_of_partial_images(palette):
@@ -192,6 +202,15 @@ def test_saving_keeps_every_bit_of_the_palette(palette, dtype, tmp_path):
     theirs = upstream.ImageGPTImageProcessor if BACKEND == "torchvision" else upstream.ImageGPTImageProcessorPil
     theirs = theirs.from_pretrained(tmp_path)  # ours reads in plain transformers
     assert np.allclose(np.asarray(theirs.clusters), palette, atol=1e-6)
+    for resized in (loaded(PHOTO, size=4), loaded(PHOTO, size={"height": 6, "width": 5})):
+        assert resized["input_ids"][0].shape in {(16,), (30,)}  # still the central square, at another size
+    assert (
+        np.array_equal(
+            loaded(PHOTO, size=4)["input_ids"],
+            Processor(clusters=palette, size=4)(PHOTO.crop((15, 0, 75, 60)))["input_ids"],
+        )
+        or dtype == np.float32
+    )
     for image, same in ((PHOTO.crop((0, 0, 60, 60)), True), (PHOTO, False)):  # theirs squashes what is not square
         a, b, c = (np.asarray(p(image, return_tensors="np")["input_ids"]) for p in (processor, loaded, theirs))
         assert np.array_equal(a, b) and np.array_equal(b, c) == same
@@ -241,6 +260,8 @@ def test_bad_tokens(palette):
         processor.decode(torch.full((1, 64), 65))
     with pytest.raises(ValueError, match="do not fit"):
         processor.decode(torch.zeros(1, 80, dtype=torch.long))
+    with pytest.raises(ValueError, match="integers"):
+        processor.decode(torch.full((1, 64), 1.9))
     with pytest.raises(ValueError, match="missing"):
         processor.decode(torch.zeros(1, 8, dtype=torch.long), missing="black")
     with pytest.raises(ValueError, match="no palette"):

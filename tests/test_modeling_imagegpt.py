@@ -171,7 +171,7 @@ def test_labels_beside_inputs_follow_transformers_contract(model, tokens):
     labels[:, 10:20] = -100
     logits = model(tokens).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    assert model(tokens, labels=labels).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model(tokens, labels=labels.int()).loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_num_items_in_batch_divides_the_summed_loss(model, tokens):
@@ -207,6 +207,8 @@ def test_flex_attention_agrees(model, tokens):
     model.set_attn_implementation("flex_attention")
     with torch.no_grad():
         assert_close(model(labels=tokens).logits, expected)
+    with pytest.raises(ValueError, match="static cache does not work with flex_attention"):
+        model.generate(cache_implementation="static")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -323,7 +325,10 @@ def test_bad_inputs(model, arguments, message):
         model(**arguments)
 
 
-@pytest.mark.parametrize("options", [{"max_length": 66}, {"max_new_tokens": 65}])
+@pytest.mark.parametrize(
+    "options",
+    [{"max_length": 66}, {"max_new_tokens": 65}, {"inputs_embeds": torch.zeros(1, 3, 32), "max_new_tokens": 63}],
+)
 def test_lengths_over_an_image_are_refused_before_the_first_step(model, options, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("a step was taken"))
     with pytest.raises(ValueError, match=r"66 tokens were asked for|65 \+|tokens were asked"):

@@ -20,7 +20,7 @@ def test_image_processor_with_torchvision():
     """In a process of its own, because torchvision beside a CPU build of torch breaks unrelated imports."""
     environment = os.environ | {"PYTHONPATH": FOLDER, "HF_IGPT_STUB_TORCHVISION": "1"}
     tests = Path(__file__).parent / "test_image_processing_imagegpt.py"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tests)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout and "skipped" not in run.stdout

@@ -24,6 +24,8 @@ __version__ = "0.1.0"
 AutoConfig.register("imagegpt", ImageGPTConfig, exist_ok=True)
 AutoModel.register(ImageGPTConfig, ImageGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(ImageGPTConfig, ImageGPTForCausalImageModeling, exist_ok=True)
+__version__ = "0.1.0"
+
 # Not AutoImageProcessor.register, which would load transformers' own processors first to merge with them.
 IMAGE_PROCESSOR_MAPPING.register(
     ImageGPTConfig, {"pil": ImageGPTImageProcessorPil, "torchvision": ImageGPTImageProcessor}, exist_ok=True

@@ -6,18 +6,21 @@ uint8 or uint16; with them, each image is cropped and tokenised anew each time i
 """
 
 import io
+import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL
 import torch
+import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers.utils import is_torchvision_available
 
-from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
+from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil, to_rgb_image
 from .presets import CROP_SHORTER_SIDE, CROP_SIZE, DIGITS_HELD_OUT_FRACTION, HELD_OUT_FRACTION
 
 
@@ -66,8 +69,12 @@ class DataArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Height = width of the token grid in pixels. Default: 32; 8 for the digits."}
     )
-    center_crop: bool = field(
-        default=True, metadata={"help": "Crop the largest central square before resizing, so nothing is squashed."}
+    center_crop: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Crop the largest central square before resizing, so nothing is squashed. Default: as the image "
+            "processor that is named, else true."
+        },
     )
     random_crop: bool = field(
         default=False,
@@ -83,6 +90,16 @@ class DataArguments:
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
     data_cache_dir: str | None = field(default=None, metadata={"help": "Where `datasets` keeps its cache."})
+
+    def __post_init__(self):
+        if self.on_bad_image not in ("error", "skip"):
+            raise ValueError(f"--on_bad_image is error or skip; found {self.on_bad_image!r}.")
+        if self.dataset_name is not None and self.train_dir is not None:
+            raise ValueError("Give --dataset_name or --train_dir, not both.")
+        if self.validation_dir is not None and self.train_dir is None:
+            raise ValueError("--validation_dir goes with --train_dir.")
+        if self.streaming and self.is_embedded:
+            raise ValueError("--streaming needs --dataset_name or --train_dir; the digits are in memory.")
 
     @property
     def is_embedded(self) -> bool:
@@ -149,11 +166,7 @@ def load_images(args: DataArguments, seed: int = 0) -> dict:
 
 
 def _load_raw(args: DataArguments) -> dict:
-    if args.dataset_name is not None and args.train_dir is not None:
-        raise ValueError("Give --dataset_name or --train_dir, not both.")
     if args.is_embedded:
-        if args.streaming:
-            raise ValueError("--streaming needs --dataset_name or --train_dir; the digits are in memory.")
         return {"train": digits()}
     options = {"streaming": args.streaming, "cache_dir": args.data_cache_dir}
     try:
@@ -215,7 +228,8 @@ def _standard_columns(dataset, args: DataArguments):
     renamed = {old: new for old, new in ((image, IMAGE), (label, LABEL)) if old not in (None, new)}
     dataset = dataset.rename_columns(renamed) if renamed else dataset
     feature = dataset.features[IMAGE]
-    if isinstance(feature, (datasets.Image, dict)) or getattr(feature, "dtype", None) in ("string", "binary", "struct"):
+    kinds = ("string", "large_string", "binary", "large_binary", "struct")
+    if isinstance(feature, (datasets.Image, dict)) or getattr(feature, "dtype", None) in kinds:
         dataset = dataset.cast_column(IMAGE, datasets.Image(decode=False))
     return dataset
 
@@ -230,21 +244,26 @@ def _streaming_splits(splits: dict, args: DataArguments, seed: int) -> dict:
     if args.max_train_samples is not None:
         train = train.take(args.max_train_samples)
     rows = list(tqdm(validation, desc="Reading held-out images", unit="image", disable=None))
-    if not rows:
-        raise ValueError("The stream holds no images for evaluation.")
+    if not rows or next(iter(train), None) is None:
+        raise ValueError(f"The stream is too short: {len(rows)} images are held out, and none are left for training.")
     validation = datasets.Dataset.from_list(rows, features=validation.features)
     return {"train": train.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER), "validation": validation}
 
 
-def read_image(cell):
-    """An undecoded cell -> PIL image, upright by its EXIF tag, or array. What cannot be read is a ValueError naming it."""
+def read_image(cell) -> Image.Image:
+    """An undecoded cell, or an array of grey levels -> RGB image, upright by its EXIF tag, transparency on white.
+
+    What cannot be read is a ValueError naming it.
+    """
     if not isinstance(cell, dict):
-        return np.asarray(cell) if isinstance(cell, list) else cell
+        if cell is None:
+            raise ValueError("the cell is empty")
+        return to_rgb_image(cell)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
-            return ImageOps.exif_transpose(image)
+            return to_rgb_image(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
         raise ValueError(f"{cell.get('path') or 'no path'}: {reason or f'{type(error).__name__}: {error}'}") from error
@@ -258,7 +277,7 @@ def _read_batch(cells, indices, on_bad_image: str):
             images.append(read_image(cell))
             reasons.append("")
         except ValueError as error:
-            if on_bad_image == "error":
+            if on_bad_image != "skip":
                 raise ValueError(
                     f"Image {index} cannot be read ({error}). Remove it, or pass --on_bad_image skip."
                 ) from error
@@ -320,7 +339,8 @@ def tokenize(dataset: datasets.Dataset, processor, on_bad_image: str = "error", 
             tokens[[not reason for reason in reasons]] = processor(images)[TOKENS]
         return {TOKENS: tokens, "bad": reasons}
 
-    key = (dataset._fingerprint, processor.to_json_string(), processor.backend, on_bad_image, _CACHE_VERSION)
+    versions = (_CACHE_VERSION, PIL.__version__, transformers.__version__)
+    key = (dataset._fingerprint, _states_of_files(dataset), processor.to_json_string(), processor.backend, on_bad_image)
     dataset = dataset.map(
         to_tokens,
         batched=True,
@@ -329,7 +349,7 @@ def tokenize(dataset: datasets.Dataset, processor, on_bad_image: str = "error", 
         remove_columns=[IMAGE],
         features=datasets.Features(features),
         num_proc=num_proc,
-        new_fingerprint=datasets.fingerprint.Hasher.hash(key),
+        new_fingerprint=datasets.fingerprint.Hasher.hash((key, versions)),
         desc=desc or "Tokenising",
     )
     bad = [(row, reason) for row, reason in enumerate(dataset["bad"]) if reason] if on_bad_image == "skip" else []
@@ -338,6 +358,19 @@ def tokenize(dataset: datasets.Dataset, processor, on_bad_image: str = "error", 
         excluded = {row for row, _ in bad}
         dataset = dataset.select([row for row in range(len(dataset)) if row not in excluded])
     return dataset.remove_columns("bad")
+
+
+def _states_of_files(dataset) -> list:
+    """Path, size and time of change of the files that cells name, for the key of the cache: their table has not changed."""
+    cells = dataset.select(range(min(1, len(dataset))))[IMAGE]
+    if not cells or not isinstance(cells[0], dict) or cells[0].get("bytes") is not None:
+        return []
+    states = []
+    for cell in dataset[IMAGE]:
+        path = (cell or {}).get("path")
+        exists = path is not None and os.path.isfile(path)
+        states.append((path, *((os.path.getsize(path), os.path.getmtime(path)) if exists else ())))
+    return states
 
 
 def report_bad_images(reasons: list[str], n_images: int):
@@ -358,12 +391,12 @@ class ImageTokens(torch.utils.data.Dataset):
 
     dataset: of `tokenize` (flips only, on the tokens: a mirrored small image has mirrored tokens), or of `load_images`
     where `random_crop`. What is drawn depends on (seed, epoch, index) alone, so it is the same on any number of
-    processes and workers and after a resume.
+    processes and workers (not persistent ones, which never learn of a new epoch), and after a resume.
     """
 
-    def __init__(self, dataset, processor, random_crop=False, random_flip=False, seed=0, on_bad_image="error"):
+    def __init__(self, dataset, processor, random_crop=False, random_flip=False, seed=0):
         self.processor, self.random_crop, self.random_flip = processor, random_crop, random_flip
-        self.seed, self.epoch, self.on_bad_image = seed, 0, on_bad_image
+        self.seed, self.epoch = seed, 0
         self.width = processor.token_grid()[1]
         self.dataset = dataset if random_crop else dataset.with_format("numpy", columns=[TOKENS], dtype=np.uint16)
 
@@ -393,16 +426,13 @@ class ImageTokens(torch.utils.data.Dataset):
         return np.random.default_rng((self.seed, self.epoch, int(index), draw))
 
 
-def random_crop(image, rng: np.random.Generator):
-    """The paper's crop [V2 3.1]: shorter side resized to 256..384 pixels, then a 224 x 224 window, both uniform."""
-    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+def random_crop(image: Image.Image, rng: np.random.Generator):
+    """The paper's crop [V2 3.1] of an RGB image: shorter side resized to 256..384 pixels, then a 224 x 224 window, both uniform."""
     shorter = int(rng.integers(CROP_SHORTER_SIDE[0], CROP_SHORTER_SIDE[1] + 1))
     scale = shorter / min(image.size)
     width, height = (max(CROP_SIZE, round(side * scale)) for side in image.size)
     left, top = (int(rng.integers(0, side - CROP_SIZE + 1)) for side in (width, height))
     window = (left, top, left + CROP_SIZE, top + CROP_SIZE)
-    if image.mode in ("1", "P", "PA"):  # PIL does not interpolate these
-        image = image.convert("RGBA" if "transparency" in image.info or image.mode == "PA" else "RGB")
     return image.resize((width, height), Image.Resampling.BILINEAR).crop(window)
 
 

@@ -4,12 +4,13 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+
+from . import __version__
 
 
 BITS_PER_NAT = 1 / np.log(2)
@@ -32,7 +33,7 @@ class Record:
     seed: int | None
     model: str
     data: str
-    revision: str = field(default_factory=lambda: f"hf_igpt {version('hf_igpt')}")
+    revision: str = field(default=f"hf_igpt {__version__}")
     hardware: str = field(default_factory=lambda: this_machine())
     reference: str | None = None
 

@@ -10,6 +10,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from . import data, plots
+from .evaluation import read_records
+from .modeling_imagegpt import check_tokens
 
 
 def sample(
@@ -41,10 +43,11 @@ def sample(
 def complete(
     model,
     processor,
-    images,
+    images=None,
     rows: int | None = None,
     num_completions: int = 1,
     *,
+    tokens: torch.Tensor | None = None,
     seed: int | None = 0,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -55,18 +58,24 @@ def complete(
 ):
     """Keep the upper `rows` rows of each image (None: half of them, 0: nothing) and draw the rest.
 
-    images: what the processor takes, or tokens (n, N). Returns for each image a list of `num_completions` PIL images,
-    or tokens (n, num_completions, N). The kept pixels are the image's own, exactly. Other arguments as `sample`.
+    images: what the processor takes; or `tokens` (n, N) instead. Returns for each image a list of `num_completions` PIL
+    images, or tokens (n, num_completions, N). The kept pixels are the image's own, exactly. Other arguments as `sample`.
     """
+    if (images is None) == (tokens is None):
+        raise ValueError("Pass either `images` or `tokens`, and not both.")
     height, width = processor.token_grid()
     rows = height // 2 if rows is None else rows
     if not 0 <= rows <= height:
         raise ValueError(f"rows is between 0 and the image's height, {height}; found {rows}.")
     if num_completions < 1:
         raise ValueError(f"num_completions is at least 1; found {num_completions}.")
-    is_tokens = isinstance(images, torch.Tensor) and images.ndim == 2 and not images.is_floating_point()
-    tokens = images.cpu() if is_tokens else processor(images, return_tensors="pt")["input_ids"]
     _check_fit(model, processor)
+    if tokens is None:
+        tokens = processor(images, return_tensors="pt")["input_ids"]
+    tokens = torch.as_tensor(tokens).cpu()
+    if tokens.ndim != 2 or tokens.shape[1] != height * width:
+        raise ValueError(f"Tokens of images have shape (n, {height * width}); found {tuple(tokens.shape)}.")
+    check_tokens(tokens, model.config.vocab_size - 1, "tokens", model.config)
     prompts = tokens[:, : rows * width].long().repeat_interleave(num_completions, dim=0)
     drawn = _continue(model, processor, prompts, seed, temperature, top_k, top_p, batch_size, progress)
     if return_tokens:
@@ -170,7 +179,10 @@ class SampleArguments:
     temperature: float = field(default=1.0, metadata={"help": "Softmax temperature (paper: 1)."})
     top_k: int = field(default=0, metadata={"help": "Draw among this many likeliest colours only; 0: all (paper)."})
     top_p: float = field(default=1.0, metadata={"help": "Draw among the likeliest colours of this total probability."})
-    seed: int = field(default=42, metadata={"help": "Seed of the drawing; and, as in training, of the held-out split."})
+    seed: int = field(default=42, metadata={"help": "Seed of the drawing."})
+    split_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the held-out split. Default: the one the model was trained with."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Images drawn at once."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
 
@@ -187,10 +199,7 @@ def draw(args: SampleArguments, data_args) -> list[Path]:
     files = [file for path in files for file in (data.image_files(path) if path.is_dir() else [path])]
     given = [data.read_image({"bytes": None, "path": str(file)}) for file in files]
     if args.num_held_out:
-        held_out = data.load_images(data_args, seed=args.seed)["validation"]
-        cells = held_out.select(range(min(args.num_held_out, len(held_out))))[data.IMAGE]
-        print(f"Completing {len(cells)} held-out images of {data_args.name()}")
-        given += [data.read_image(cell) for cell in cells]
+        given += _held_out_images(args, data_args)
     if args.images and not given:
         raise ValueError(f"There are no image files in {', '.join(args.images)}.")
     folder = Path(args.output_dir or args.model_name_or_path)
@@ -214,3 +223,20 @@ def draw(args: SampleArguments, data_args) -> list[Path]:
     for path in written:
         print(f"Wrote {path}")
     return written
+
+
+def _held_out_images(args: SampleArguments, data_args) -> list[Image.Image]:
+    """Images that the model was not trained on: of the split that its records tell of."""
+    seed, records = args.split_seed, Path(args.model_name_or_path) / "records.json"
+    if records.is_file():
+        record = read_records(records)[0]
+        seed = record.seed if seed is None else seed
+        if not record.data.startswith(data_args.name()):
+            raise ValueError(
+                f"The model was trained on {record.data}; --num_held_out would take images of {data_args.name()}: give the "
+                "same --dataset_name or --train_dir as in training, or --images."
+            )
+    held_out = data.load_images(data_args, seed=42 if seed is None else seed)["validation"]
+    cells = held_out.select(range(min(args.num_held_out, len(held_out))))[data.IMAGE]
+    print(f"Completing {len(cells)} held-out images of {data_args.name()}")
+    return [data.read_image(cell) for cell in cells]

@@ -178,7 +178,7 @@ class _ColorQuantization:
         input_ids: (B, N) or (N,), torch, numpy or lists, in 0..K-1. A leading SOS (K) is dropped, so `generate()`'s
         output decodes as it is. Rows shorter than H·W are partial images in raster order; what is missing, and every
         token −100, becomes transparent (the image is then RGBA) or, with `missing="grey"`, mid-grey.
-        size: (height, width), one number for a square, or None for the processor's own `size`.
+        size: as `token_grid` takes it, if the tokens are not of the processor's own grid.
         Returns a list of B PIL images.
         """
         from PIL import Image
@@ -188,11 +188,16 @@ class _ColorQuantization:
         if missing not in ("transparent", "grey"):
             raise ValueError(f'`missing` is "transparent" or "grey"; found {missing!r}.')
         height, width = self.token_grid(size)
+        if len(input_ids) == 0:
+            return []
         rows = [input_ids] if np.ndim(input_ids[0]) == 0 else input_ids
         n_colors = len(self.clusters)
         images = []
         for row in rows:
-            tokens = np.asarray(row.cpu() if torch.is_tensor(row) else row).astype(np.int64)
+            tokens = np.asarray(row.cpu() if torch.is_tensor(row) else row)
+            if not np.issubdtype(tokens.dtype, np.integer):
+                raise ValueError(f"Tokens are integers; found {tokens.dtype}.")
+            tokens = tokens.astype(np.int64)
             if len(tokens) and tokens[0] == n_colors:
                 tokens = tokens[1:]
             if len(tokens) > height * width:
@@ -210,13 +215,19 @@ class _ColorQuantization:
         return images
 
     def token_grid(self, size=None) -> tuple[int, int]:
-        """(height, width) in pixels of the images that tokens form: `size`, or the processor's own."""
+        """(height, width) in pixels of the images that tokens form: `size`, or what the processor makes of images.
+
+        size: (height, width), a mapping with these keys, or one number for a square.
+        """
         if size is None:
-            size = self.size
+            cropped = self.do_center_crop and self.crop_size is not None
+            size = self.crop_size if cropped else (self.size if self.do_resize else {})
+        if hasattr(size, "get"):
             if not (size.get("height") and size.get("width")):
-                raise ValueError(f"The processor's size {dict(size)} fixes no height and width: pass `size`.")
+                raise ValueError("The processor's options fix no height and width of its images: pass `size`.")
             return size["height"], size["width"]
-        return (size, size) if isinstance(size, int) else tuple(size)
+        height, width = (size, size) if np.ndim(size) == 0 else size
+        return int(height), int(width)
 
     def to_dict(self):
         output = super().to_dict()
@@ -282,6 +293,19 @@ def _rgb(image):
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
+
+
+def to_rgb_image(image):
+    """A PIL image of any mode, or an integer array -> PIL image of mode RGB. Floats are a ValueError: their scale is unknown."""
+    from PIL import Image
+
+    if is_pil_image(image):
+        return _rgb(_eight_bit(image))
+    image = np.asarray(image)
+    if np.issubdtype(image.dtype, np.floating):
+        raise ValueError(f"Images are of grey levels 0..255; found an array of {image.dtype}.")
+    image = _rgb_array(_eight_bit_array(image[None] if image.ndim == 2 else image))
+    return Image.fromarray(image if image.shape[-1] == 3 else np.ascontiguousarray(image.transpose(1, 2, 0)))
 
 
 def _rgb_array(image, input_data_format=None):

@@ -172,6 +172,11 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
     # Causal masks that old transformers versions saved in every block.
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.bias$", r"\.attn\.masked_bias$"]
 
+    def _refuse_flex_attention(self):
+        """Before a static cache is used: with transformers 5.23 its logits were wrong, also of its own models."""
+        if self.config._attn_implementation == "flex_attention":
+            raise ValueError('A static cache does not work with flex_attention: use attn_implementation="sdpa".')
+
     @torch.no_grad()
     def _init_weights(self, module):
         # Each layer carries its own standard deviation: transformers does not call this for modules that hold no
@@ -230,6 +235,8 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             kwargs.pop(name, None)  # the decorator has recorded them
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if getattr(past_key_values, "is_compileable", False):
+            self._refuse_flex_attention()
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         inputs = input_ids if input_ids is not None else inputs_embeds
         self._check_length(inputs.shape, seen, position_ids)
@@ -338,6 +345,7 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         if labels is not None:
             n_colors = self.config.vocab_size - 1
             check_tokens(labels, n_colors, "labels", self.config, ignore=True)
+            labels = labels.long()
             if labels_alone:
                 input_ids = self._shift_right(labels)
                 use_cache = bool(use_cache)
@@ -409,19 +417,20 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         whole = self.config.n_positions + 1
         if given("bos_token_id") is None:
             supply("bos_token_id", self.config.sos_token_id)
-        if "inputs_embeds" not in kwargs:
-            if given("max_new_tokens") is not None:
-                length = given("max_new_tokens") + (prompt.shape[1] if prompt is not None else 1)
-            elif given("max_length") is not None:
-                length = given("max_length")
-            else:
-                length = whole
-                supply("max_length", whole)
-            if length > whole:
-                raise ValueError(
-                    f"{length} tokens were asked for; SOS and the {whole - 1} pixels of an image make {whole}. "
-                    "Lower max_length or max_new_tokens, or leave them out for whole images."
-                )
+        if given("cache_implementation") not in (None, "dynamic"):
+            self._refuse_flex_attention()
+        if given("max_new_tokens") is None and given("max_length") is None:
+            supply("max_length", whole)
+        if given("max_new_tokens") is not None:
+            start = kwargs.get("inputs_embeds", prompt)
+            length = given("max_new_tokens") + (1 if start is None else start.shape[1])
+        else:
+            length = given("max_length")
+        if length > whole:
+            raise ValueError(
+                f"{length} tokens were asked for; SOS and the {whole - 1} pixels of an image make {whole}. "
+                "Lower max_length or max_new_tokens, or leave them out for whole images."
+            )
         if prompt is not None and prompt.ndim == 2 and not self._starts_with_sos(prompt):
             logger.warning_once(
                 f"The prompt does not start with SOS ({self.config.sos_token_id}): every pixel stands one position "

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.image_utils import SizeDict
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import has_length
 
 from . import clusters, data, evaluation, generation, plots
 from .configuration_imagegpt import ImageGPTConfig
@@ -44,6 +44,8 @@ RECORD = "records.json"  # written last: a folder that holds it holds a finished
 # What a run writes before its first checkpoint, the picture first; and what its end writes before the records.
 _BEGUN = {"palette.png", "preprocessor_config.json", "samples", "runs"}
 _ENDED = {"config.json", "generation_config.json", "model.safetensors", "training_args.bin", "training.png"}
+_PALETTE_PIXELS = 1_000_000  # sampled from all images, for a palette
+_WARMUP_SHARE = 0.1  # of training, at most, unless an argument says otherwise
 _BASELINE_TOKENS = 20_000_000  # training tokens that are counted, at most
 
 
@@ -88,8 +90,12 @@ class PretrainingArguments(TrainingArguments):
             "help": "End after this many minutes; the learning rate decays by the clock if that is ahead of the steps."
         },
     )
+    warmup_steps: float | None = field(
+        default=None, metadata={"help": "Steps of linear warm-up, or a fraction of all. Default: --warmup_epochs."}
+    )
     warmup_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs of linear warm-up; --warmup_steps overrides. Default: 1 (paper A.1)."}
+        default=None,
+        metadata={"help": "Epochs of linear warm-up. Default: 1 (paper A.1), but no more than a tenth of training."},
     )
     num_samples: int = field(default=16, metadata={"help": "Images drawn at each evaluation; 0 draws none."})
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: the preset's."})
@@ -132,6 +138,8 @@ class PretrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.size not in SIZES:
+            raise ValueError(f"No preset {self.size!r}: the sizes are {', '.join(SIZES)}.")
         recipe = SIZES[self.size]
         self._batch_from_preset = self.per_device_train_batch_size is None
         if self.num_train_epochs is None and self.max_steps is None:
@@ -150,12 +158,20 @@ class PretrainingArguments(TrainingArguments):
             for one, other in ((self.eval_steps, self.save_steps), (self.save_steps, self.eval_steps))
         )
         self.use_cpu |= not torch.accelerator.is_available()
+        self._warmup_unset = self.warmup_steps is None
+        self.warmup_steps = 0 if self._warmup_unset else self.warmup_steps
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor is not supported: the loss is the model's exact likelihood.")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"--max_minutes is positive; found {self.max_minutes}.")
+        if self.max_minutes is not None and self.lr_scheduler_type != "cosine":
+            raise ValueError("--max_minutes decays the learning rate by a cosine: leave --lr_scheduler_type out.")
+        if self.prediction_loss_only:
+            raise ValueError("--prediction_loss_only is not supported: nats per pixel are taken from the predictions.")
+        if self.dataloader_persistent_workers:
+            raise ValueError("--dataloader_persistent_workers is not supported: such workers repeat an epoch's crops.")
         if self._batch_from_preset:
             parts = self.world_size * self.gradient_accumulation_steps * max(1, self.n_gpu)
             if recipe.batch_size % parts:
@@ -167,26 +183,28 @@ class PretrainingArguments(TrainingArguments):
 
 
 class _Clock(TrainerCallback):
-    """Ends training when the time is up, at the same step in all processes."""
+    """Ends training when the time is up, at the same step in all processes. A resumed run has the time that was left."""
 
     def __init__(self, minutes: float, device):
-        self.seconds, self.device, self.start, self.elapsed = minutes * 60, device, None, 0.0
+        self.limit, self.device, self.start, self.elapsed = minutes, device, None, 0.0  # minutes
 
     def fraction(self) -> float:
-        return self.elapsed / self.seconds
+        return self.elapsed / self.limit
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.monotonic()
+        self.elapsed = next((entry["minutes"] for entry in reversed(state.log_history) if "minutes" in entry), 0.0)
+        self.start = time.monotonic() - self.elapsed * 60
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.elapsed = time.monotonic() - self.start
+        self.elapsed = (time.monotonic() - self.start) / 60
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             elapsed = torch.tensor(self.elapsed, device=self.device)
             torch.distributed.broadcast(elapsed, src=0)
             self.elapsed = elapsed.item()
-        if self.elapsed >= self.seconds:
+        if self.elapsed >= self.limit:
             control.should_evaluate = args.eval_strategy != "no"
-            control.should_save = control.should_log = control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+            control.should_log = control.should_training_stop = True
 
 
 class _ImageProgress(ProgressCallback):
@@ -246,13 +264,21 @@ class PretrainingTrainer(Trainer):
     clock: _Clock | None = None
 
     def log(self, logs, start_time=None):
-        logs["images"] = self.state.global_step * _images_per_step(self.args)
-        for key in ("loss", "eval_nats_per_pixel"):
-            if key in logs:
-                logs[key.replace("loss", "nats_per_pixel").replace("nats", "bits")] = (
-                    logs[key] * evaluation.BITS_PER_NAT
-                )
+        logs["images"] = self.images_seen(self.state.global_step)
+        if self.clock is not None:
+            logs["minutes"] = self.clock.elapsed
+        for name, bits in (("loss", "bits_per_pixel"), ("eval_nats_per_pixel", "eval_bits_per_pixel")):
+            if name in logs:
+                logs[bits] = logs[name] * evaluation.BITS_PER_NAT
         super().log(logs, start_time)
+
+    def images_seen(self, step: int) -> int:
+        """Images that the first `step` steps were made of; an epoch's last step may hold fewer than the others."""
+        per_step = _images_per_step(self.args)
+        if not has_length(self.train_dataset):
+            return step * per_step
+        epochs, steps = divmod(step, math.ceil(len(self.train_dataset) / per_step))
+        return epochs * len(self.train_dataset) + steps * per_step
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.clock is None:
@@ -260,8 +286,9 @@ class PretrainingTrainer(Trainer):
         warmup = self.args.get_warmup_steps(num_training_steps)
 
         def factor(step):
-            done = max(step / num_training_steps, self.clock.fraction())
-            return min(1, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * min(1, done)))
+            clock = self.clock.fraction()
+            warmed = max((step + 1) / (warmup + 1), clock / _WARMUP_SHARE)
+            return min(1, warmed) * 0.5 * (1 + math.cos(math.pi * min(1, max(step / num_training_steps, clock))))
 
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
@@ -272,17 +299,22 @@ def _images_per_step(args: TrainingArguments) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def load_processor(model_args: ModelArguments, image_size: int, center_crop: bool):
+def load_processor(model_args: ModelArguments, image_size: int | None, center_crop: bool | None):
     """The image processor that --image_processor_name names: a processor's folder or Hub name, or a bare palette.
 
-    A bare palette gets `image_size`; a processor keeps its own size unless --image_size says otherwise.
+    A processor keeps its own size and crop where these are None.
     """
     name = model_args.image_processor_name
     if Path(name).suffix in (".npy", ".json"):
-        return make_processor(clusters.load_palette(name), image_size, center_crop)
-    return data.InstalledProcessor.from_pretrained(
+        return make_processor(clusters.load_palette(name), image_size or IMAGE_SIZE, center_crop is not False)
+    processor = data.InstalledProcessor.from_pretrained(
         name, revision=model_args.model_revision, cache_dir=model_args.cache_dir
     )
+    if image_size:
+        processor.size = SizeDict(height=image_size, width=image_size)
+    if center_crop is not None:
+        processor.do_center_crop = center_crop
+    return processor
 
 
 def make_processor(palette: np.ndarray, image_size: int, center_crop: bool = True):
@@ -299,15 +331,16 @@ def check_output_dir(args: PretrainingArguments) -> str | None:
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if RECORD in names:
         raise ValueError(f"{folder} holds a finished run: give another --output_dir, or delete it.")
-    last = get_last_checkpoint(folder) if names else None
+    complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    last = str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
     ours = (_BEGUN if "palette.png" in names else set()) | (_ENDED if last else set())
     strange = sorted(name for name in names - ours if not name.startswith("checkpoint-"))
     if strange:
         raise ValueError(
             f"{folder} holds something else ({', '.join(strange[:5])}): give an empty or a new --output_dir."
         )
-    if args.resume_from_checkpoint in (None, "True", "true", True):
-        if args.resume_from_checkpoint and last is None:
+    if args.resume_from_checkpoint in (None, False, True, "False", "false", "True", "true"):
+        if str(args.resume_from_checkpoint).lower() == "true" and last is None:
             raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}.")
         return last
     if not Path(args.resume_from_checkpoint).is_dir():
@@ -339,6 +372,8 @@ def pretrain(
         )
     processor = _processor(model_args, data_args, args, checkpoint, splits["train"])
     model = _model(model_args, args, processor)
+    if checkpoint:
+        _check_same_run(checkpoint, model.config, args)
     train, held_out, reference = _tokens(splits, processor, data_args, args)
     _set_steps(args, data_args.streaming, train, processor.token_grid()[0])
     if args.should_save:  # from here on everything has been checked
@@ -374,14 +409,31 @@ def pretrain(
         seen, planned = (n * _images_per_step(args) for n in (trainer.state.global_step, trainer.state.max_steps))
         _say(args, f"Stopped by --max_minutes {args.max_minutes:g} after {seen:,} of {planned:,} images.")
     trainer.save_model()
-    metrics = trainer.evaluate()
-    records = _records(metrics["eval_nats_per_pixel"], reference, held_out, trainer, data_args)
+    # Not `evaluate`, whose result would be logged, drawn and sampled as the last step's, where this is the best one's.
+    nats = trainer.predict(held_out, metric_key_prefix="final").metrics["final_nats_per_pixel"]
+    records = _records(nats, reference, held_out, trainer, data_args, model_args)
     if args.should_save:
         curve_baselines = {name: value for name, value in reference.items() if name != "uniform"}
         plots.training_curve(trainer.state.log_history, curve_baselines).save(folder / "training.png")
         evaluation.write_records(folder / RECORD, records)
     _summary(args, records)
     return records
+
+
+def _check_same_run(checkpoint: str, config: ImageGPTConfig, args: PretrainingArguments):
+    """ValueError if the checkpoint is of another model or seed: the seed fixes the held-out images."""
+    was = ImageGPTConfig.from_pretrained(checkpoint).to_diff_dict()
+    now = config.to_diff_dict()
+    for name in sorted((was.keys() | now.keys()) - {"architectures", "dtype", "transformers_version"}):
+        if was.get(name) != now.get(name):
+            raise ValueError(
+                f"{checkpoint} has {name} = {was.get(name)}, this run {now.get(name)}: another run needs another --output_dir."
+            )
+    seed = torch.load(Path(checkpoint) / "training_args.bin", weights_only=False).seed
+    if seed != args.seed:
+        raise ValueError(
+            f"{checkpoint} was trained with --seed {seed}, not {args.seed}: another run needs another folder."
+        )
 
 
 def _say(args, text: str):
@@ -391,13 +443,13 @@ def _say(args, text: str):
 
 def _processor(model_args, data_args, args, checkpoint, train_images):
     """The processor: of the checkpoint that is gone on from, or named, or with a palette fitted to the images."""
-    image_size = data_args.image_size or (DIGITS_IMAGE_SIZE if data_args.is_embedded else IMAGE_SIZE)
+    default_size = DIGITS_IMAGE_SIZE if data_args.is_embedded else IMAGE_SIZE
     source = checkpoint or model_args.image_processor_name or model_args.model_name_or_path
     if source:
         named = ModelArguments(**{**vars(model_args), "image_processor_name": str(source)})
+        bare = Path(source).suffix in (".npy", ".json")
+        image_size = data_args.image_size or (default_size if bare else None)
         processor = load_processor(named, image_size, data_args.center_crop)
-        if data_args.image_size and processor.token_grid() != (image_size, image_size):
-            processor.size = SizeDict(height=image_size, width=image_size)
         if processor.clusters is None:
             raise ValueError(
                 f"The image processor of {source} has no palette: name another, or leave it out to fit one."
@@ -408,10 +460,11 @@ def _processor(model_args, data_args, args, checkpoint, train_images):
             )
         return processor
     n_colors = model_args.num_colors or (DIGITS_N_COLORS if data_args.is_embedded else N_COLORS)
+    image_size, center_crop = data_args.image_size or default_size, data_args.center_crop is not False
     palette = None
     if args.process_index == 0:
         pixels = data.sample_pixels(
-            train_images, 1_000_000, image_size, data_args.center_crop, args.seed, data_args.on_bad_image
+            train_images, _PALETTE_PIXELS, image_size, center_crop, args.seed, data_args.on_bad_image
         )
         palette = clusters.fit_palette(pixels, n_colors, args.seed, progress=not args.disable_tqdm)
         lost = clusters.distortion(pixels, palette)
@@ -421,13 +474,15 @@ def _processor(model_args, data_args, args, checkpoint, train_images):
             f"{lost['psnr_db']:.2f} dB PSNR",
         )
     palette = broadcast_object_list([palette])[0]
-    return make_processor(palette, image_size, data_args.center_crop)
+    return make_processor(palette, image_size, center_crop)
 
 
 def _model(model_args, args, processor):
     height, width = processor.token_grid()
     options = {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
     if model_args.model_name_or_path:
+        if model_args.config_overrides:
+            raise ValueError("--config_overrides is for new models: leave it or --model_name_or_path out.")
         source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
         model = ImageGPTForCausalImageModeling.from_pretrained(model_args.model_name_or_path, **source, **options)
     else:
@@ -453,7 +508,9 @@ def _tokens(splits, processor, data_args, args):
     with args.main_process_first(desc="tokens"):
         held_out = data.tokenize(splits["validation"], processor, desc="Tokenising held-out images", **tokenizing)
         if data_args.streaming:
-            return data.stream_tokens(splits["train"], processor, data_args), data.ImageTokens(held_out, processor), {}
+            # One endless epoch, so that a resumed run skips what the interrupted one has read.
+            train = data.stream_tokens(splits["train"], processor, data_args).repeat(None)
+            return train, data.ImageTokens(held_out, processor), {}
         images = splits["train"]
         if data_args.random_crop and data_args.on_bad_image == "skip":
             images = data.readable(images, data_args.preprocessing_num_workers)
@@ -464,14 +521,18 @@ def _tokens(splits, processor, data_args, args):
         )
     reference = {}
     if tokens is not None and args.should_log:
-        some = tokens.select(range(min(len(tokens), _BASELINE_TOKENS // math.prod(processor.token_grid()))))
-        reference = evaluation.baselines(
-            data.token_array(some), data.token_array(held_out), processor.token_grid()[1], len(processor.clusters)
-        )
+        counted = [data.token_array(_evenly(part, _BASELINE_TOKENS)) for part in (tokens, held_out)]
+        reference = evaluation.baselines(*counted, processor.token_grid()[1], len(processor.clusters))
     train = data.ImageTokens(
         images if tokens is None else tokens, processor, data_args.random_crop, data_args.random_flip, args.seed
     )
     return train, data.ImageTokens(held_out, processor), reference
+
+
+def _evenly(tokens, n_tokens: int):
+    """Every so manieth row of a tokenised dataset, so that at most `n_tokens` tokens come from all of it."""
+    step = math.ceil(len(tokens) * tokens.features[data.TOKENS].length / n_tokens)
+    return tokens.select(range(0, len(tokens), step))
 
 
 def _set_steps(args, streaming, train, image_size):
@@ -482,12 +543,12 @@ def _set_steps(args, streaming, train, image_size):
         args.learning_rate = SIZES[args.size].learning_rate_for("causal", image_size)
     steps_per_epoch = None if streaming else math.ceil(len(train) / _images_per_step(args))
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    if not args.warmup_steps:
-        if streaming:
-            args.warmup_steps = WARMUP_FRACTION
-        else:
-            epochs = WARMUP_EPOCHS if args.warmup_epochs is None else args.warmup_epochs
-            args.warmup_steps = min(math.ceil(epochs * steps_per_epoch), total // 10)
+    if args._warmup_unset and streaming:
+        args.warmup_steps = WARMUP_FRACTION
+    elif args._warmup_unset and args.warmup_epochs is not None:
+        args.warmup_steps = math.ceil(args.warmup_epochs * steps_per_epoch)
+    elif args._warmup_unset:
+        args.warmup_steps = min(math.ceil(WARMUP_EPOCHS * steps_per_epoch), int(total * _WARMUP_SHARE))
     for name in ("eval_steps", "save_steps", "logging_steps"):  # fractions become steps, as checkpoints record them
         steps = getattr(args, name)
         setattr(args, name, int(steps) if steps >= 1 else max(1, math.ceil(steps * total)))
@@ -502,8 +563,8 @@ def _held_out_metrics(prediction) -> dict[str, float]:
     return {"nats_per_pixel": float(np.mean(prediction.predictions, dtype=np.float64))}
 
 
-def _records(nats, reference, held_out, trainer, data_args) -> list[evaluation.Record]:
-    state = trainer.state
+def _records(nats, reference, held_out, trainer, data_args, model_args) -> list[evaluation.Record]:
+    state, config = trainer.state, trainer.model.config
     common = {
         "unit": "nats/pixel",
         "split": "held out",
@@ -512,8 +573,11 @@ def _records(nats, reference, held_out, trainer, data_args) -> list[evaluation.R
         "data": f"{data_args.name()}, {held_out.processor.token_grid()[0]}x{held_out.width}, "
         f"{len(held_out.processor.clusters)} colours",
     }
-    name = f"Image GPT {trainer.args.size}, {trainer.model.num_parameters():,} parameters, "
-    name += f"{state.global_step * _images_per_step(trainer.args):,} images seen"
+    preset = not (model_args.model_name_or_path or model_args.config_overrides)
+    size = trainer.args.size if preset else f"{config.n_layer} x {config.n_embd}"
+    best = trainer.args.load_best_model_at_end and state.best_global_step
+    name = f"Image GPT {size}, {trainer.model.num_parameters():,} parameters, "
+    name += f"{trainer.images_seen(best or state.global_step):,} images seen"
     records = [evaluation.Record(metric="nats_per_pixel", value=nats, model=name, **common)]
     for key, value in reference.items():
         records.append(evaluation.Record(metric="nats_per_pixel", value=value, model=f"{key} counts", **common))
@@ -539,7 +603,7 @@ class ClustersArguments:
     num_colors: int | None = field(
         default=None, metadata={"help": "Colours K. Default: 512 (paper 3.2); 16 for the digits."}
     )
-    num_pixels: int = field(default=1_000_000, metadata={"help": "Pixels sampled, evenly from all images."})
+    num_pixels: int = field(default=_PALETTE_PIXELS, metadata={"help": "Pixels sampled, evenly from all images."})
     palette: str | None = field(
         default=None, metadata={"help": "Fit nothing: take this palette (.npy, .json or a processor's folder)."}
     )
@@ -558,14 +622,15 @@ def fit_clusters(args: ClustersArguments, data_args: data.DataArguments) -> list
     palette = clusters.load_palette(args.palette) if args.palette else None
     image_size = data_args.image_size or (DIGITS_IMAGE_SIZE if data_args.is_embedded else IMAGE_SIZE)
     splits = data.load_images(data_args, seed=args.seed)
-    sampling = (args.num_pixels, image_size, data_args.center_crop, args.seed, data_args.on_bad_image)
+    center_crop = data_args.center_crop is not False
+    sampling = (args.num_pixels, image_size, center_crop, args.seed, data_args.on_bad_image)
     if palette is None:
         n_colors = args.num_colors or (DIGITS_N_COLORS if data_args.is_embedded else N_COLORS)
         palette = clusters.fit_palette(
             data.sample_pixels(splits["train"], *sampling), n_colors, args.seed, progress=True
         )
     lost = clusters.distortion(data.sample_pixels(splits["validation"], *sampling), palette)
-    make_processor(palette, image_size, data_args.center_crop).save_pretrained(folder)
+    make_processor(palette, image_size, center_crop).save_pretrained(folder)
     np.save(folder / "palette.npy", palette)
     plots.palette_picture(palette).save(folder / "palette.png")
     records = [
