@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -85,7 +86,7 @@ def finished(tmp_path_factory):
 def test_a_run_learns_and_beats_counting_pixels(finished):
     folder, records = finished
     found = {record.model.split(",")[0]: record.value for record in records}
-    assert found["Image GPT tiny"] < found["unigram counts"] < found["uniform counts"]
+    assert found["Image GPT 2 x 32"] < found["unigram counts"] < found["uniform counts"]
     assert all(record.n == 359 and record.unit == "nats/pixel" for record in records)
     assert read_records(folder / "records.json") == records
 
@@ -115,15 +116,37 @@ def test_the_recorded_loss_is_the_saved_models(finished):
     assert nats == pytest.approx(records[0].value, rel=1e-5)
 
 
-def test_the_best_model_is_kept(finished):
-    folder, records = finished
-    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+def test_the_best_model_is_kept(tmp_path, greys):
+    """A rate so high for so few images that the last model is worse than an earlier one."""
+    options = {
+        "max_steps": 60,
+        "learning_rate": 0.02,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "save_steps": 10,
+    }
+    records = run(tmp_path, greys, images={"max_train_samples": 20}, per_device_train_batch_size=16, **options)
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((last / "trainer_state.json").read_text())
+    evaluated = {e["step"]: e["eval_nats_per_pixel"] for e in state["log_history"] if "eval_nats_per_pixel" in e}
+    best = min(evaluated, key=evaluated.get)
+    assert len(evaluated) == 6 and best < 240 and evaluated[240] > evaluated[best] + 0.01
+    assert records[0].value == pytest.approx(evaluated[best], rel=1e-5)
+    assert f"{best * 10} images seen" in records[0].model  # two steps make an epoch of 20
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-240", f"checkpoint-{best}"}
+    kept = weights(tmp_path / f"checkpoint-{best}")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_what_is_logged(finished):
+    last = max(finished[0].glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     state = json.loads((last / "trainer_state.json").read_text())
     evaluated = [entry["eval_nats_per_pixel"] for entry in state["log_history"] if "eval_nats_per_pixel" in entry]
-    assert len(evaluated) == 5 and min(evaluated) == pytest.approx(records[0].value, rel=1e-6)
+    assert len(evaluated) == 5 and min(evaluated) == pytest.approx(finished[1][0].value, rel=1e-6)
     logged = next(entry for entry in state["log_history"] if "loss" in entry)
     assert logged["bits_per_pixel"] == pytest.approx(logged["loss"] / np.log(2))
     assert logged["images"] == logged["step"] * 16
+    assert state["log_history"][-1]["images"] == 1438 + 10 * 16  # 90 steps are an epoch, its last of 14 images
 
 
 # -- invariants --------------------------------------------------------------------------------------------------------
@@ -184,6 +207,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, greys):
     assert_same_run(tmp_path / "whole", tmp_path / "resumed", weight_tolerance=0)
 
 
+def test_each_epoch_is_augmented_anew(tmp_path, greys, monkeypatch):
+    epochs = []
+    fetch = data.ImageTokens.__getitems__
+    monkeypatch.setattr(
+        data.ImageTokens,
+        "__getitems__",
+        lambda self, i: epochs.append(self.epoch if self.random_flip else 0) or fetch(self, i),
+    )
+    run(tmp_path, greys, images={"random_flip": True, "max_train_samples": 32}, max_steps=6)
+    assert epochs[:6] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_resumed_stream_equals_an_uninterrupted_one(tmp_path, greys):
+    (tmp_path / "digits").mkdir()
+    digits = data.digits().select(range(60))
+    digits.cast_column("image", digits.features["image"].__class__()).to_parquet(tmp_path / "digits" / "train.parquet")
+    images = {"train_dir": str(tmp_path / "digits"), "streaming": True, "random_flip": True}
+    options = {"images": images, "save_strategy": "steps", "save_steps": 4, "save_total_limit": None, "max_steps": 8}
+    options |= {"per_device_train_batch_size": 5}
+    for name in ("whole", "resumed"):  # 10 images are left to train on: resumed in the third pass
+        if name == "resumed":
+            (tmp_path / name).mkdir()
+            shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / name / "checkpoint-4")
+        run(tmp_path / name, greys, **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed", weight_tolerance=0)
+
+
 def test_the_same_seed_gives_the_same_run(tmp_path, greys):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(tmp_path / name, greys, seed=seed, max_steps=3)
@@ -219,7 +269,6 @@ def test_random_crops_and_streams_train(tmp_path, greys):
     images = {"train_dir": str(tmp_path / "photos"), "image_size": 8, "random_crop": True, "random_flip": True}
     few = {"max_steps": 2, "per_device_train_batch_size": 8}
     assert run(tmp_path / "crops", greys, images=images, **few)[0].value < 3
-    datasets = pytest.importorskip("datasets")
     datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "photos"), split="train").to_parquet(
         tmp_path / "p.parquet"
     )
@@ -253,6 +302,10 @@ def test_presets_and_overrides():
     training._set_steps(arguments, False, range(1000), 8)
     assert (arguments.train_batch_size, arguments.warmup_steps) == (5, 7)
     assert arguments.num_train_epochs == SIZES["tiny"].num_epochs
+    for options, warmup in (({"warmup_steps": 0}, 0), ({"warmup_epochs": 5}, 315), ({"num_train_epochs": 1}, 6)):
+        arguments = PretrainingArguments(use_cpu=True, **options)
+        training._set_steps(arguments, False, range(1000), 8)
+        assert arguments.warmup_steps == warmup
 
 
 def test_the_clock_ends_a_run_with_its_learning_rate_decayed(tmp_path, greys):
@@ -261,6 +314,36 @@ def test_the_clock_ends_a_run_with_its_learning_rate_decayed(tmp_path, greys):
     assert 3 < len(steps) < 10_000
     assert steps[-1]["learning_rate"] < 0.05 * max(step["learning_rate"] for step in steps)
     assert (tmp_path / "records.json").is_file()
+
+
+@pytest.mark.parametrize(("step", "clock"), [(0, 0.0), (500, 0.1), (500, 0.9), (900, 0.1), (0, 0.5)])
+def test_the_schedule_follows_the_steps_or_the_clock_whichever_is_ahead(step, clock, monkeypatch):
+    trainer = training.PretrainingTrainer.__new__(training.PretrainingTrainer)
+    trainer.args = PretrainingArguments(use_cpu=True, warmup_steps=99, learning_rate=1)
+    trainer.clock = training._Clock(1.0, "cpu")
+    trainer.clock.elapsed = clock
+    schedule = trainer.create_scheduler(1000, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1))
+    done = max(step / 1000, clock)
+    warmed = min(1, max((step + 1) / 100, clock / 0.1))
+    assert schedule.lr_lambdas[0](step) == pytest.approx(warmed * (1 + np.cos(np.pi * done)) / 2)
+
+
+def test_a_resumed_run_has_the_time_that_was_left(tmp_path, greys):
+    options = {
+        "max_minutes": 0.1,
+        "warmup_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 20,
+        "save_total_limit": None,
+    }
+    run(tmp_path / "whole", greys, max_steps=10**6, **options)
+    last = history(tmp_path / "whole")[-1]
+    assert last["minutes"] >= 0.1
+    (tmp_path / "resumed").mkdir()
+    step = f"checkpoint-{last['step'] // 20 * 20}"
+    shutil.copytree(tmp_path / "whole" / step, tmp_path / "resumed" / step)
+    run(tmp_path / "resumed", greys, max_steps=10**6, **options)
+    assert history(tmp_path / "resumed")[-1]["step"] < last["step"] + 40  # not a whole budget again
 
 
 @pytest.mark.parametrize("kind", ["json", "yaml", "flags", "both"])
@@ -336,6 +419,12 @@ def test_fit_clusters(tmp_path, palette, capsys):
         ({"model": {"config_overrides": "n_positions=10"}}, "different runs"),
         ({"images": {"image_column_name": "x"}}, "its columns are image, label"),
         ({"resume_from_checkpoint": "nowhere"}, "no checkpoint"),
+        ({"size": "huge"}, "tiny, xs, s, m, l, xl"),
+        ({"max_minutes": 1, "lr_scheduler_type": "constant"}, "cosine"),
+        ({"prediction_loss_only": True}, "prediction_loss_only"),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent"),
+        ({"images": {"validation_dir": "x"}}, "goes with --train_dir"),
+        ({"model": {"model_name_or_path": "x"}}, "config_overrides is for new models"),
     ],
 )
 def test_refusals_leave_nothing_behind(tmp_path, greys, options, message):
@@ -358,6 +447,30 @@ def test_foreign_and_finished_folders_are_refused(tmp_path, greys):
     run(tmp_path / "done", greys, max_steps=1)
     with pytest.raises(ValueError, match="finished run"):
         run(tmp_path / "done", greys, max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"seed": 2}, "--seed 1, not 2"), ({"model": {"config_overrides": "n_layer=1"}}, "n_embd = 32, this run 128")],
+)
+def test_another_run_does_not_resume(tmp_path, greys, options, message):
+    run(tmp_path, greys, max_steps=2, save_strategy="steps", save_steps=1)
+    (tmp_path / "records.json").unlink()  # as if interrupted at its very end
+    (tmp_path / "checkpoint-9").mkdir()  # and one that was never finished writing
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, greys, max_steps=2, **options)
+    run(tmp_path, greys, max_steps=2)
+
+
+def test_resuming_from_elsewhere_needs_a_folder_of_its_own(tmp_path, greys):
+    run(tmp_path / "first", greys, max_steps=2, save_strategy="steps", save_steps=1)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "config.json").write_text("mine")
+    elsewhere = {"max_steps": 3, "resume_from_checkpoint": str(tmp_path / "first" / "checkpoint-2")}
+    with pytest.raises(ValueError, match="holds something else"):
+        run(tmp_path / "thesis", greys, **elsewhere)
+    run(tmp_path / "second", greys, **elsewhere)
+    assert (tmp_path / "second" / "model.safetensors").is_file()
 
 
 def test_bad_flags_end_scripts_in_one_line(tmp_path):

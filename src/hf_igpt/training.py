@@ -124,7 +124,7 @@ class PretrainingArguments(TrainingArguments):
         metadata={"help": "Steps between checkpoints, or a fraction of all. Default: --eval_steps, or 0.1."},
     )
     save_total_limit: int | None = field(
-        default=1, metadata={"help": "Checkpoints kept, beside the best. The last is always kept."}
+        default=2, metadata={"help": "Checkpoints kept: the best and the last by default."}
     )
     logging_steps: float = field(default=0.02, metadata={"help": "Steps between log lines, or a fraction of all."})
     load_best_model_at_end: bool = field(
