@@ -3,7 +3,7 @@
     python scripts/run_pretrain.py                                       # the digits, 2 CPU cores, about 2 minutes
     accelerate launch scripts/run_pretrain.py --size s --dataset_name ILSVRC/imagenet-1k --random_crop --bf16 \\
         --output_dir igpt-s                                              # the paper's iGPT-S: 8 GPUs, days
-    python scripts/run_pretrain.py recipe.json                           # or one .json/.yaml file instead of flags
+    python scripts/run_pretrain.py recipe.json                           # or a .json/.yaml file of flags
 
 Without arguments: held-out loss at most 1.30 nats/pixel (left-and-up counts: 1.60). Writes the model, its image
 processor, samples, a curve and records to --output_dir; an interrupted run goes on when started again.

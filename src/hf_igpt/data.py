@@ -32,6 +32,7 @@ LABEL = "label"
 TOKENS = "input_ids"
 _CACHE_VERSION = 1  # raise it when the same image and processor give other tokens
 _SHUFFLE_BUFFER = 10_000  # images, when streaming
+_BATCH = 32  # photos decoded and held at once
 _STREAM_HELD_OUT = 1000  # images kept for evaluation from a stream without a validation split
 _STREAM_PALETTE = 10_000  # images of a stream that a palette is fitted on
 
@@ -269,19 +270,24 @@ def read_image(cell) -> Image.Image:
         raise ValueError(f"{cell.get('path') or 'no path'}: {reason or f'{type(error).__name__}: {error}'}") from error
 
 
-def _read_batch(cells, indices, on_bad_image: str):
-    """Images of the readable cells, and for every cell the reason it is not readable, or ""."""
+def _read_batch(cells, indices, on_bad_image: str, then=lambda image, index: image):
+    """`then(image, index)` of the readable cells, and for every cell the reason it is not readable, or "".
+
+    `then` is where large photos become small before the next is read.
+    """
     images, reasons = [], []
     for cell, index in zip(cells, indices, strict=True):
         try:
-            images.append(read_image(cell))
-            reasons.append("")
+            image = read_image(cell)
         except ValueError as error:
             if on_bad_image != "skip":
                 raise ValueError(
                     f"Image {index} cannot be read ({error}). Remove it, or pass --on_bad_image skip."
                 ) from error
             reasons.append(f"image {index}: {error}")
+        else:
+            images.append(then(image, index))
+            reasons.append("")
     return images, reasons
 
 
@@ -301,8 +307,8 @@ def sample_pixels(
     rng = np.random.default_rng(seed)
     per_image = min(image_size * image_size, -(-n_pixels // len(dataset)))
     sampled, bad = [], []
-    for start in tqdm(range(0, len(dataset), 256), desc="Sampling pixels", unit="batch", leave=False, disable=None):
-        indices = range(start, min(start + 256, len(dataset)))
+    for start in tqdm(range(0, len(dataset), _BATCH), desc="Sampling pixels", unit="batch", leave=False, disable=None):
+        indices = range(start, min(start + _BATCH, len(dataset)))
         images, reasons = _read_batch(dataset[start : indices.stop][IMAGE], indices, on_bad_image)
         bad += filter(None, reasons)
         if not images:
@@ -344,7 +350,7 @@ def tokenize(dataset: datasets.Dataset, processor, on_bad_image: str = "error", 
     dataset = dataset.map(
         to_tokens,
         batched=True,
-        batch_size=256,
+        batch_size=_BATCH,
         with_indices=True,
         remove_columns=[IMAGE],
         features=datasets.Features(features),
@@ -411,19 +417,25 @@ class ImageTokens(torch.utils.data.Dataset):
 
     def __getitems__(self, indices):
         if self.random_crop:
-            images, _ = _read_batch(self.dataset[indices][IMAGE], indices, "error")
-            images = [random_crop(image, self._rng(index)) for image, index in zip(images, indices, strict=True)]
+            images, _ = _read_batch(
+                self.dataset[indices][IMAGE], indices, "error", then=lambda image, i: random_crop(image, self._rng(i))
+            )
             tokens = np.asarray(self.processor(images)[TOKENS])
         else:
             tokens = np.asarray(self.dataset[indices][TOKENS])  # (B, N)
         if self.random_flip:
             flip = np.array([self._rng(index, 1).random() < 0.5 for index in indices])
-            grid = tokens.reshape(len(tokens), -1, self.width)
-            tokens = np.where(flip[:, None, None], grid[:, :, ::-1], grid).reshape(tokens.shape)
+            tokens = _mirrored(tokens, self.width, flip)
         return list(tokens)
 
     def _rng(self, index: int, draw: int = 0) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.epoch, int(index), draw))
+
+
+def _mirrored(tokens: np.ndarray, width: int, which: np.ndarray) -> np.ndarray:
+    """Tokens (B, N) with the rows of the images in `which` (B,) read from right to left."""
+    grid = tokens.reshape(len(tokens), -1, width)
+    return np.where(which[:, None, None], grid[:, :, ::-1], grid).reshape(tokens.shape)
 
 
 def random_crop(image: Image.Image, rng: np.random.Generator):
@@ -456,22 +468,20 @@ def stream_tokens(dataset: datasets.IterableDataset, processor, args: DataArgume
     width = processor.token_grid()[1]
 
     def to_tokens(batch, indices):
-        images, reasons = _read_batch(batch[IMAGE], indices, args.on_bad_image)
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        crop = {"then": lambda image, index: random_crop(image, rng)} if args.random_crop else {}
+        images, reasons = _read_batch(batch[IMAGE], indices, args.on_bad_image, **crop)
         for reason in filter(None, reasons):
             tqdm.write(f"Left out {reason}")
         if not images:
             return {TOKENS: []}
-        rng = np.random.default_rng(int(torch.randint(2**62, ())))
-        if args.random_crop:
-            images = [random_crop(image, rng) for image in images]
         tokens = np.asarray(processor(images)[TOKENS])
         if args.random_flip:
-            grid = tokens.reshape(len(tokens), -1, width)
-            tokens = np.where(rng.random((len(grid), 1, 1)) < 0.5, grid[:, :, ::-1], grid).reshape(tokens.shape)
+            tokens = _mirrored(tokens, width, rng.random(len(tokens)) < 0.5)
         return {TOKENS: list(tokens)}
 
     columns = list(dataset.features)
-    return dataset.map(to_tokens, batched=True, batch_size=64, with_indices=True, remove_columns=columns)
+    return dataset.map(to_tokens, batched=True, batch_size=_BATCH, with_indices=True, remove_columns=columns)
 
 
 def collate_tokens(rows) -> dict[str, torch.Tensor]:

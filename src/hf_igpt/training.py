@@ -466,6 +466,7 @@ def _processor(model_args, data_args, args, checkpoint, train_images):
         pixels = data.sample_pixels(
             train_images, _PALETTE_PIXELS, image_size, center_crop, args.seed, data_args.on_bad_image
         )
+        _say(args, f"Fitting {n_colors} colours to {len(pixels):,} pixels")
         palette = clusters.fit_palette(pixels, n_colors, args.seed, progress=not args.disable_tqdm)
         lost = clusters.distortion(pixels, palette)
         _say(
@@ -626,9 +627,9 @@ def fit_clusters(args: ClustersArguments, data_args: data.DataArguments) -> list
     sampling = (args.num_pixels, image_size, center_crop, args.seed, data_args.on_bad_image)
     if palette is None:
         n_colors = args.num_colors or (DIGITS_N_COLORS if data_args.is_embedded else N_COLORS)
-        palette = clusters.fit_palette(
-            data.sample_pixels(splits["train"], *sampling), n_colors, args.seed, progress=True
-        )
+        pixels = data.sample_pixels(splits["train"], *sampling)
+        print(f"Fitting {n_colors} colours to {len(pixels):,} pixels", flush=True)
+        palette = clusters.fit_palette(pixels, n_colors, args.seed, progress=True)
     lost = clusters.distortion(data.sample_pixels(splits["validation"], *sampling), palette)
     make_processor(palette, image_size, center_crop).save_pretrained(folder)
     np.save(folder / "palette.npy", palette)
