@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= test,lint
+EXTRAS ?= test,lint,openai
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 DEMO = outputs/demo
 TORCHVISION = $(VENV)/torchvision
@@ -25,7 +25,7 @@ test: $(VENV)/installed-test $(TORCHVISION)/installed  ## the whole suite
 # The lowest versions that setup.cfg admits of the two packages whose interfaces move, with torchvision: that old,
 # AutoImageProcessor does not work without it.
 test-floor:
-	$(MAKE) test VENV=.venv-floor CONSTRAINTS=tests/constraints-floor.txt EXTRAS=test,lint,torchvision
+	$(MAKE) test VENV=.venv-floor CONSTRAINTS=tests/constraints-floor.txt EXTRAS=test,lint,openai,torchvision
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

@@ -10,9 +10,15 @@ import transformers.models.imagegpt.configuration_imagegpt as theirs_config
 import transformers.models.imagegpt.modeling_imagegpt as theirs
 from conftest import randomized, small_config
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    GenerationConfig,
+)
 
-from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTModel
+from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
 
 
 SOS = 16
@@ -245,6 +251,70 @@ def test_left_padding(model, tokens):
     mask = torch.nn.functional.pad(torch.ones_like(inputs), (5, 0), value=0)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     assert_close(model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:], model(inputs).logits)
+
+
+# -- classification ----------------------------------------------------------------------------------------------------
+
+
+def test_classifier_of_transformers_and_back(tokens, tmp_path):
+    config = theirs_config.ImageGPTConfig(vocab_size=17, n_positions=64, n_embd=32, n_layer=2, n_head=2, num_labels=5)
+    upstream = randomized(theirs.ImageGPTForImageClassification(config))
+    upstream.save_pretrained(tmp_path / "theirs")
+    ours, report = ImageGPTForImageClassification.from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not any(report.values()) and type(
+        AutoModelForImageClassification.from_pretrained(tmp_path / "theirs")
+    ) is type(ours)
+    labels = torch.arange(4)
+    with torch.no_grad():
+        a, b = ours.eval()(tokens, labels=labels), upstream(tokens, labels=labels)
+    assert_close(a.logits, b.logits)
+    assert a.loss.item() == pytest.approx(b.loss.item(), rel=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    again = theirs.ImageGPTForImageClassification.from_pretrained(tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert_close(again(tokens).logits, a.logits)
+
+
+def test_classifier_fed_with_sos(model, tokens):
+    """OpenAI's classifier: the mean over positions of ln_f's output on [SOS, x_0 … x_{N-2}]."""
+    classifier = ImageGPTForImageClassification(small_config(sos_inputs=True, num_labels=5))
+    classifier.transformer.load_state_dict(model.transformer.state_dict())
+    assert (classifier.eval()(tokens).logits == 0).all()  # zero-initialised
+    torch.nn.init.normal_(classifier.score.weight)
+    expected = model.transformer(shifted(tokens)).last_hidden_state.mean(1) @ classifier.score.weight.T
+    assert_close(classifier(tokens).logits, expected)
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 16
+    assert torch.equal(classifier(changed).logits, classifier(tokens).logits)  # the last pixel is only predicted
+
+
+def test_classification_loss_under_accumulation(tokens):
+    classifier = randomized(ImageGPTForImageClassification(small_config(num_labels=5)))
+    labels = torch.arange(4)
+    parts = [
+        classifier(t, labels=y, num_items_in_batch=4).loss
+        for t, y in zip(tokens.split(1), labels.split(1), strict=True)
+    ]
+    assert sum(parts).item() == pytest.approx(classifier(tokens, labels=labels).loss.item(), rel=1e-5)
+    with pytest.raises(ValueError, match=r"5 classes, 0\.\.4"):
+        classifier(tokens, labels=labels + 2)
+
+
+@pytest.mark.parametrize("kind", ["masked", "sos"])
+def test_what_transformers_cannot_represent_fails_there_with_a_sentence(kind, tmp_path):
+    config = small_config(**({"objective": "masked"} if kind == "masked" else {"sos_inputs": True}))
+    model = ImageGPTModel(config) if kind == "masked" else ImageGPTForImageClassification(config)
+    model.save_pretrained(tmp_path)
+    for name in ("ImageGPTModel", "ImageGPTForCausalImageModeling", "ImageGPTForImageClassification"):
+        with pytest.raises(Exception, match="needs the package hf_igpt"):
+            getattr(theirs, name).from_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).config
+    assert loaded.objective == config.objective and loaded.sos_inputs == config.sos_inputs
+    assert loaded.reorder_and_upcast_attn is False
+    if kind == "masked":
+        for of_causal in (ImageGPTForCausalImageModeling, ImageGPTForImageClassification):
+            with pytest.raises(ValueError, match="trained on masked pixels"):
+                of_causal.from_pretrained(tmp_path)
 
 
 # -- generation --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_igpt.conversion import ConvertArguments
 from hf_igpt.data import DataArguments
 from hf_igpt.evaluation import markdown_table, read_records
 from hf_igpt.generation import SampleArguments
@@ -21,8 +22,15 @@ DATACLASSES = {
     "run_pretrain.py": (ModelArguments, DataArguments, PretrainingArguments),
     "run_clusters.py": (ClustersArguments, DataArguments),
     "run_sample.py": (SampleArguments, DataArguments),
+    "run_convert.py": (ConvertArguments,),
 }
-ELSEWHERE = ("--dataset_name", "--train_dir", "--images", "recipe.json")  # what these need is not in the repository
+ELSEWHERE = (
+    "--checkpoint",
+    "--dataset_name",
+    "--train_dir",
+    "--images",
+    "recipe.json",
+)  # what these need is not in the repository
 
 
 def commands(text):

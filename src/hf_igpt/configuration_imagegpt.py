@@ -6,6 +6,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from .presets import IMAGE_SIZE, N_COLORS, SIZES
 
 
+NEEDS_HF_IGPT = (
+    "This Image GPT needs the package hf_igpt (pip install hf_igpt, then `import hf_igpt`): transformers' own ImageGPT has "
+    "neither the masked objective nor classifiers that are fed SOS, and would give wrong results."
+)
+
+
 @strict
 class ImageGPTConfig(PreTrainedConfig):
     r"""Configuration of an Image GPT.
@@ -23,7 +29,15 @@ class ImageGPTConfig(PreTrainedConfig):
     initialization (`"transformers"` or `"openai"`, defaults to `"transformers"`):
         Whose random initialisation. OpenAI's starts with zero logits: an untrained loss of ln K.
 
-    Other fields as transformers' `ImageGPTConfig`. Cross-attention is not supported.
+    objective (`"causal"` or `"masked"`, defaults to `"causal"`):
+        What the weights were trained for: the next pixel, or pixels that were masked (BERT-style).
+    sos_inputs (`bool`, defaults to `False`):
+        Whether a classifier of a causal model is fed [SOS, x_0 … x_{N-2}], as OpenAI's code, or x_0 … x_{N-1}, as
+        transformers.
+
+    Other fields as transformers' `ImageGPTConfig`. Cross-attention is not supported. Plain transformers would load masked
+    models and classifiers with `sos_inputs` and be silently wrong; their saved configuration makes it refuse, by a
+    sentence in a field that transformers reads strictly.
     """
 
     model_type = "imagegpt"
@@ -51,13 +65,15 @@ class ImageGPTConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = False
     scale_attn_by_inverse_layer_idx: bool = False
-    reorder_and_upcast_attn: bool = False
+    reorder_and_upcast_attn: bool | str = False  # True changes rounding only, and nothing here
     add_cross_attention: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     use_bias: bool = True
     initialization: str = "transformers"
+    objective: str = "causal"
+    sos_inputs: bool = False
 
     @classmethod
     def from_preset(
@@ -99,11 +115,23 @@ class ImageGPTConfig(PreTrainedConfig):
             raise ValueError(f"vocab_size is at least 2 (one colour and SOS); found {self.vocab_size}.")
         if self.initialization not in ("transformers", "openai"):
             raise ValueError(f'initialization is "transformers" or "openai"; found {self.initialization!r}.')
+        if self.objective not in ("causal", "masked"):
+            raise ValueError(f'objective is "causal" or "masked"; found {self.objective!r}.')
+        if self.sos_inputs and self.objective == "masked":
+            raise ValueError("sos_inputs is of causal models: masked ones have no SOS.")
+        if isinstance(self.reorder_and_upcast_attn, str):
+            self.reorder_and_upcast_attn = False  # the sentence below, met again
         if self.add_cross_attention:
             raise ValueError("add_cross_attention=True is not supported: Image GPT has no cross-attention.")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=True is not supported: Image GPT's two token matrices are untied.")
         super().__post_init__(**kwargs)
+
+    def to_dict(self):
+        output = super().to_dict()
+        if self.objective == "masked" or self.sos_inputs:
+            output["reorder_and_upcast_attn"] = NEEDS_HF_IGPT
+        return output
 
 
 __all__ = ["ImageGPTConfig"]

@@ -1,4 +1,4 @@
-"""The Image GPT transformer: `ImageGPTModel` and `ImageGPTForCausalImageModeling`.
+"""The Image GPT transformer: `ImageGPTModel`, `ImageGPTForCausalImageModeling`, `ImageGPTForImageClassification`.
 
 Follows OpenAI's code (src/model.py): pre-norm blocks of attention and MLP around a residual stream, norms without mean
 subtraction, untied token matrices. Names, shapes and layouts of the weights are those of transformers' ImageGPT.
@@ -16,7 +16,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple, logging
@@ -294,6 +298,11 @@ def check_tokens(tokens: torch.Tensor, limit: int, name: str, config: ImageGPTCo
         )
 
 
+def shift_right(tokens: torch.LongTensor, sos_token_id: int) -> torch.LongTensor:
+    """(B, N) pixels -> [SOS, x_0 … x_{N-2}], what each of them is predicted from [code src/model.py]."""
+    return nn.functional.pad(tokens[:, :-1], (1, 0), value=sos_token_id)
+
+
 class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
     """Autoregressive image model: at position i, logits over the K colours of pixel i given SOS and the pixels before.
 
@@ -302,8 +311,12 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
     logits at i are scored against labels at i + 1.
     """
 
+    # A converted checkpoint holds both heads.
+    _keys_to_ignore_on_load_unexpected = [*ImageGPTPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^score\."]
+
     def __init__(self, config: ImageGPTConfig):
         super().__init__(config)
+        _check_objective(self, config)
         self.transformer = ImageGPTModel(config)
         lm_head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False)
         self.lm_head = initialized(lm_head, _std(config, 0.0))  # zero logits [V2 3.3]
@@ -347,7 +360,11 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             check_tokens(labels, n_colors, "labels", self.config, ignore=True)
             labels = labels.long()
             if labels_alone:
-                input_ids = self._shift_right(labels)
+                if not torch.compiler.is_compiling() and not labels.is_meta and (labels == IGNORE_INDEX).any():
+                    raise ValueError(
+                        "`labels` with −100 say nothing of the pixels fed: pass `input_ids` (SOS first) beside them."
+                    )
+                input_ids = shift_right(labels, self.config.sos_token_id)
                 use_cache = bool(use_cache)
             elif input_ids is not None and not torch.compiler.is_compiling() and not self._starts_with_sos(input_ids):
                 logger.warning_once(
@@ -372,7 +389,7 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             scored, targets = (logits, labels) if labels_alone else (logits[:, :-1], labels[:, 1:])
-            loss = _nats_per_pixel(scored, targets, num_items_in_batch)
+            loss = _cross_entropy(scored.flatten(0, 1), targets.flatten(), num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -380,14 +397,6 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _shift_right(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """(B, N) pixels -> [SOS, x_0 … x_{N-2}], what each of them is predicted from [code src/model.py]."""
-        if not torch.compiler.is_compiling() and not labels.is_meta and (labels == IGNORE_INDEX).any():
-            raise ValueError(
-                "`labels` with −100 say nothing of the pixels fed: pass `input_ids` (SOS first) beside them."
-            )
-        return nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.sos_token_id)
 
     def _starts_with_sos(self, input_ids: torch.LongTensor) -> bool:
         return bool((input_ids[:, :1] == self.config.sos_token_id).all())
@@ -439,12 +448,99 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
 
-def _nats_per_pixel(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-    """Cross-entropy in nats of (B, T, K) logits against (B, T) labels, per scored pixel or per `num_items_in_batch`."""
+class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
+    """Classes from the mean over positions of `ln_f`'s output, by a linear layer without bias [code src/model.py clf].
+
+    `input_ids` are the N pixels of each image. With `config.sos_inputs` they are shifted, as in training and as OpenAI's
+    code does; without, they are fed as they are, as transformers does.
+    """
+
+    # A converted checkpoint holds both heads.
+    _keys_to_ignore_on_load_unexpected = [*ImageGPTPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
+
+    def __init__(self, config: ImageGPTConfig):
+        super().__init__(config)
+        _check_objective(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = ImageGPTModel(config)
+        score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.score = initialized(score, _std(config, 0.0))  # zero logits [V2 3.3]
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Returns `logits` (B, classes) and, given labels (B,), `loss`: mean cross-entropy in nats.
+
+        num_items_in_batch: what the summed loss is divided by instead, `Trainer`'s count over accumulated steps and
+        processes. Regression and multi-label problems (`config.problem_type`) have transformers' losses.
+        """
+        if self.config.sos_inputs:
+            if input_ids is None:
+                raise ValueError("A classifier with `sos_inputs` shifts tokens: pass `input_ids`.")
+            check_tokens(input_ids, self.config.vocab_size - 1, "input_ids", self.config)
+            input_ids = shift_right(input_ids, self.config.sos_token_id)
+        outputs = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state.mean(dim=1))  # (B, classes)
+        loss = None
+        if labels is not None:
+            integers = labels.dtype in (torch.long, torch.int) and self.num_labels > 1
+            if integers and self.config.problem_type in (None, "single_label_classification"):
+                self._check_labels(labels)
+                loss = _cross_entropy(logits, labels.long(), num_items_in_batch)
+            else:
+                loss = self.loss_function(labels, logits, self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _check_labels(self, labels):
+        if torch.compiler.is_compiling() or labels.is_meta or labels.numel() == 0:
+            return
+        low, high = int(labels.min()), int(labels.max())
+        if high >= self.num_labels or (low < 0 and low != IGNORE_INDEX):
+            raise ValueError(
+                f"`labels` run from {low} to {high}; this model has {self.num_labels} classes, 0..{self.num_labels - 1}: "
+                "load it with num_labels= of your data."
+            )
+
+
+def _check_objective(model, config: ImageGPTConfig):
+    if config.objective == "masked":
+        raise ValueError(
+            f"{type(model).__name__} is causal; these weights were trained on masked pixels, seeing all others "
+            '(objective = "masked").'
+        )
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Cross-entropy in nats of (n, K) logits against (n,) labels, per scored label or per `num_items_in_batch`."""
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
-    )
+    loss = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction=reduction)
     if num_items_in_batch is not None:
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(loss.device)
@@ -452,4 +548,9 @@ def _nats_per_pixel(logits: torch.Tensor, labels: torch.Tensor, num_items_in_bat
     return loss
 
 
-__all__ = ["ImageGPTForCausalImageModeling", "ImageGPTModel", "ImageGPTPreTrainedModel"]
+__all__ = [
+    "ImageGPTForCausalImageModeling",
+    "ImageGPTForImageClassification",
+    "ImageGPTModel",
+    "ImageGPTPreTrainedModel",
+]

@@ -1,0 +1,179 @@
+"""OpenAI's TensorFlow checkpoints <-> our weights: names and layouts as data, sizes from the variables' shapes.
+
+The released checkpoints (`model.ckpt-1000000` and its shards) hold the variables that src/model.py makes under `model/`,
+beside Adam's slots. H heads, E = D / H their width.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from .clusters import load_palette
+from .configuration_imagegpt import ImageGPTConfig
+from .image_processing_imagegpt import ImageGPTImageProcessorPil
+from .modeling_imagegpt import ImageGPTForCausalImageModeling
+
+
+# OpenAI's name -> ours, and how the array changes: None (as it is), "heads" (H, E, D) -> (D, D), with its inverse.
+# wte, sos and the three of q, k, v have parts of a weight each; they are joined in `from_openai`.
+_WHOLE = {
+    "wpe": ("transformer.wpe.weight", None),
+    "wtet": ("lm_head.weight", None),
+    "ln_f/g": ("transformer.ln_f.weight", None),
+    "clf/wclf": ("score.weight", None),
+}
+_OF_BLOCK = {
+    "ln_1/g": ("ln_1.weight", None),
+    "ln_2/g": ("ln_2.weight", None),
+    "attn/c_proj": ("attn.c_proj.weight", "heads"),
+    "mlp/c_fc/w": ("mlp.c_fc.weight", None),
+    "mlp/c_proj/w": ("mlp.c_proj.weight", None),
+}
+_QKV = [f"attn/{part}_proj" for part in "qkv"]
+_SKIPPED = re.compile(r"(.*/)?(Adam(_\d+)?|adam_[mv])(/.*)?$|(.*/)?(beta[12]_power|global_step)$")
+
+
+def read_openai(checkpoint: str | Path) -> dict[str, np.ndarray]:
+    """Variables of a TensorFlow checkpoint by name, without `model/` and without the optimiser's.
+
+    checkpoint: the path without suffix, as `DIR/model.ckpt-1000000`; any number of data shards. A missing or truncated
+    file is a ValueError that names it. Needs TensorFlow: pip install "hf_igpt[openai]".
+    """
+    try:
+        from tensorflow.python.training import py_checkpoint_reader
+    except ImportError as error:
+        raise ImportError('Reading OpenAI\'s checkpoints needs TensorFlow: pip install "hf_igpt[openai]"') from error
+
+    index = Path(f"{checkpoint}.index")
+    if not index.is_file():
+        raise ValueError(f"There is no {index}: give the checkpoint's path without suffix, as DIR/model.ckpt-1000000.")
+    shards = sorted(index.parent.glob(f"{Path(checkpoint).name}.data-*"))
+    expected = int(shards[0].name.rsplit("-", 1)[1]) if shards else 1
+    if len(shards) != expected:
+        raise ValueError(f"{checkpoint} has {len(shards)} of its {expected} data files: download all of them.")
+    try:
+        reader = py_checkpoint_reader.NewCheckpointReader(str(checkpoint))
+        names = [name for name in reader.get_variable_to_shape_map() if not _SKIPPED.match(name)]
+        return {name.removeprefix("model/"): reader.get_tensor(name) for name in sorted(names)}
+    except Exception as error:  # TensorFlow's own errors, and whatever a broken index makes of its reader
+        raise ValueError(f"{checkpoint} cannot be read; a file is damaged or cut short: {error}") from error
+
+
+def from_openai(variables: dict[str, np.ndarray]) -> tuple[ImageGPTConfig, dict[str, torch.Tensor]]:
+    """Variables of `read_openai` -> configuration and state dict, all sizes taken from the shapes.
+
+    A model without `sos` is the masked one; `clf/wclf` makes a classifier fed as OpenAI's code does (`sos_inputs`). The
+    state dict has both heads, so one folder serves both classes. An unknown or a missing variable is a ValueError.
+    """
+    left = dict(variables)
+
+    def take(name: str) -> torch.Tensor:
+        if name not in left:
+            raise ValueError(f"The checkpoint has no variable {name}: it is no Image GPT, or an incomplete one.")
+        return torch.from_numpy(np.array(left.pop(name), dtype=np.float32))
+
+    n_layer = len({match[1] for name in variables if (match := re.match(r"h(\d+)/", name))})
+    masked = "sos" not in left
+    wte = take("wte")
+    n_colors, d = wte.shape
+    sos = torch.zeros(d) if masked else take("sos")
+    state = {"transformer.wte.weight": torch.cat([wte, sos[None]])}
+    for name, (ours, _) in _WHOLE.items():
+        if name != "clf/wclf" or name in left:
+            state[ours] = take(name)
+    n_head = None
+    for i in range(n_layer):
+        qkv = [take(f"h{i}/{name}") for name in _QKV]
+        n_head = qkv[0].shape[0]
+        state[f"transformer.h.{i}.attn.c_attn.weight"] = torch.cat([part.flatten(0, 1).T for part in qkv], dim=1)
+        for name, (ours, layout) in _OF_BLOCK.items():
+            weight = take(f"h{i}/{name}")
+            state[f"transformer.h.{i}.{ours}"] = weight.flatten(0, 1) if layout == "heads" else weight
+    if left:
+        raise ValueError(f"The checkpoint has variables that Image GPT has not: {', '.join(sorted(left))}.")
+    config = ImageGPTConfig.from_preset(
+        "s",
+        n_colors=n_colors,
+        n_positions=len(state["transformer.wpe.weight"]),
+        n_embd=d,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_inner=state["transformer.h.0.mlp.c_fc.weight"].shape[1],
+        objective="masked" if masked else "causal",
+    )
+    if config.n_inner == 4 * d:
+        config.n_inner = None
+    if "score.weight" in state:
+        config.num_labels = len(state["score.weight"])
+        config.sos_inputs = not masked
+    for name, weight in list(state.items()):  # zeros where there are no biases: see `projection`
+        if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name):
+            state[name.replace(".weight", ".bias")] = torch.zeros(weight.shape[1])
+    return config, state
+
+
+def to_openai(config: ImageGPTConfig, state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The inverse of `from_openai`. Biases other than zeros have no place there: ValueError."""
+    state = {name: weight.detach().float().cpu() for name, weight in state.items()}
+    d, heads = config.n_embd, (config.n_head, config.n_embd // config.n_head)
+    wte = state.pop("transformer.wte.weight")
+    variables = {"wte": wte[:-1]}
+    if config.objective == "causal":
+        variables["sos"] = wte[-1]
+    for name, (ours, _) in _WHOLE.items():
+        if ours in state:
+            variables[name] = state.pop(ours)
+    for i in range(config.n_layer):
+        qkv = state.pop(f"transformer.h.{i}.attn.c_attn.weight").split(d, dim=1)
+        for name, part in zip(_QKV, qkv, strict=True):
+            variables[f"h{i}/{name}"] = part.T.unflatten(0, heads)
+        for name, (ours, layout) in _OF_BLOCK.items():
+            weight = state.pop(f"transformer.h.{i}.{ours}")
+            variables[f"h{i}/{name}"] = weight.unflatten(0, heads) if layout == "heads" else weight
+    for name, weight in state.items():
+        if not name.endswith(".bias") or weight.any():
+            raise ValueError(f"{name} has no place in OpenAI's model, which has no biases.")
+    return {name: weight.contiguous().numpy() for name, weight in variables.items()}
+
+
+@dataclass
+class ConvertArguments:
+    """Which checkpoint, and where to."""
+
+    checkpoint: str = field(metadata={"help": "TensorFlow checkpoint, without suffix: DIR/model.ckpt-1000000."})
+    output_dir: str = field(metadata={"help": "A new or empty folder."})
+    palette: str | None = field(
+        default=None, metadata={"help": "kmeans_centers.npy, so that the image processor is written too."}
+    )
+
+
+def convert(args: ConvertArguments) -> Path:
+    """Write the checkpoint as a folder that `from_pretrained` loads, with its image processor if a palette is given."""
+    folder = Path(args.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output_dir {folder} is not empty: give a new one.")
+    palette = None if args.palette is None else load_palette(args.palette)
+    config, state = from_openai(read_openai(args.checkpoint))
+    image_size = round(config.n_positions**0.5)
+    if palette is not None and len(palette) != config.vocab_size - 1:
+        raise ValueError(f"{args.palette} has {len(palette)} colours, the model {config.vocab_size - 1}.")
+    architectures = ["ImageGPTForCausalImageModeling"] if config.objective == "causal" else []
+    config.architectures = architectures + (["ImageGPTForImageClassification"] if "score.weight" in state else [])
+    config.save_pretrained(folder)
+    save_file(
+        {name: weight.contiguous() for name, weight in state.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    if config.objective == "causal":
+        with torch.device("meta"):
+            ImageGPTForCausalImageModeling(config).generation_config.save_pretrained(folder)
+    if palette is not None:
+        ImageGPTImageProcessorPil(clusters=palette, size=image_size, do_center_crop=True).save_pretrained(folder)
+    n_parameters = sum(weight.numel() for name, weight in state.items() if not name.endswith(".bias"))
+    print(
+        f"Wrote {n_parameters:,} parameters ({config.objective}, {config.n_layer} layers x {config.n_embd}) to {folder}"
+    )
+    return folder

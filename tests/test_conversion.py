@@ -1,0 +1,149 @@
+"""OpenAI's checkpoints: their outputs after conversion, the mapping as a bijection, damaged files. Needs TensorFlow."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomized, small_config
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
+
+from hf_igpt import ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
+from hf_igpt.conversion import ConvertArguments, convert, from_openai, read_openai, to_openai
+
+
+pytest.importorskip("tensorflow", reason="make test installs it")
+FIXTURES = Path(__file__).parent / "fixtures"
+AR, BERT = (FIXTURES / f"openai-{kind}" / "model.ckpt-1000" for kind in ("ar", "bert"))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted")
+    np.save(folder / "kmeans_centers.npy", np.random.default_rng(0).uniform(-1, 1, (16, 3)).astype(np.float32))
+    return convert(ConvertArguments(str(AR), str(folder / "ar"), str(folder / "kmeans_centers.npy")))
+
+
+def test_converted_autoregressive_model_is_openais(converted):
+    golden = np.load(FIXTURES / "openai-ar.npz")
+    tokens = torch.tensor(golden["golden/tokens"])
+    model, report = ImageGPTForCausalImageModeling.from_pretrained(converted, output_loading_info=True)
+    assert not any(report.values())
+    with torch.no_grad():
+        output = model(labels=tokens)
+    assert (output.logits - torch.tensor(golden["golden/gen_logits"])).abs().max() < 1e-4
+    assert abs(output.loss - float(golden["golden/gen_loss"])) < 1e-5
+    assert AutoModelForCausalLM.from_pretrained(converted).generate().shape == (1, 65)
+    assert AutoImageProcessor.from_pretrained(converted).token_grid() == (8, 8)
+
+
+def test_the_same_folder_is_a_classifier(converted):
+    golden = np.load(FIXTURES / "openai-ar.npz")
+    model, report = ImageGPTForImageClassification.from_pretrained(converted, output_loading_info=True)
+    assert not any(report.values()) and model.config.sos_inputs and model.config.num_labels == 10
+    with torch.no_grad():
+        output = model(torch.tensor(golden["golden/tokens"]), labels=torch.tensor(golden["golden/labels"]))
+    assert abs(output.loss - float(golden["golden/clf_loss"])) < 1e-5
+    assert type(AutoModelForImageClassification.from_pretrained(converted)) is ImageGPTForImageClassification
+
+
+def test_converted_bert_weights_are_openais(tmp_path):
+    golden = np.load(FIXTURES / "openai-bert" / "golden.npz")
+    config, state = from_openai(read_openai(BERT))
+    assert config.objective == "masked" and not config.sos_inputs
+    backbone = ImageGPTModel(config).eval()
+    backbone.load_state_dict(
+        {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
+    )
+    tokens, masked = torch.tensor(golden["tokens"]), torch.tensor(golden["masked"])
+    with torch.no_grad():
+        embedded = backbone.wte(tokens) * ~masked[..., None]
+        hidden = backbone(inputs_embeds=embedded, is_causal=False).last_hidden_state
+        logits = hidden @ state["lm_head.weight"].T
+        class_logits = hidden.mean(1) @ state["score.weight"].T
+    assert (logits - torch.tensor(golden["gen_logits"])).abs().max() < 1e-4
+    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+    loss = ((nats * masked).sum(1) / masked.sum(1)).mean()
+    assert abs(loss - float(golden["gen_loss"])) < 1e-5
+    clf_loss = torch.nn.functional.cross_entropy(class_logits, torch.tensor(golden["labels"]))
+    assert abs(clf_loss - float(golden["clf_loss"])) < 1e-5
+    convert(ConvertArguments(str(BERT), str(tmp_path / "bert")))
+    with pytest.raises(ValueError, match="trained on masked pixels"):
+        ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "bert")
+
+
+@pytest.mark.parametrize("checkpoint", [AR, BERT])
+def test_the_mapping_is_a_bijection(checkpoint):
+    variables = read_openai(checkpoint)
+    again = to_openai(*from_openai(variables))
+    assert again.keys() == variables.keys()
+    assert all(np.array_equal(again[name], variables[name]) for name in variables)
+
+
+def test_our_weights_there_and_back():
+    model = randomized(ImageGPTForCausalImageModeling(small_config()))
+    config, state = from_openai(to_openai(model.config, model.state_dict()))
+    for name in ("n_layer", "n_embd", "n_head", "n_inner", "n_positions", "vocab_size", "objective", "sos_inputs"):
+        assert getattr(config, name) == getattr(model.config, name), name
+    assert all(torch.equal(state[name], weight) for name, weight in model.state_dict().items())
+    biased = randomized(ImageGPTForCausalImageModeling(small_config(use_bias=True)))
+    with pytest.raises(ValueError, match="has no biases"):
+        to_openai(biased.config, biased.state_dict())
+
+
+def test_any_number_of_shards_and_the_optimisers_slots(tmp_path):
+    import tensorflow as tf
+
+    variables = read_openai(AR)
+    named = {f"model/{name}": value for name, value in variables.items()}
+    named |= {f"model/{name}/Adam": value for name, value in variables.items()}
+    named |= {"global_step": np.int64(1000), "beta1_power": np.float32(0.1)}
+    names, prefixes = sorted(named), [str(tmp_path / f"part{i}") for i in range(3)]
+    for i, prefix in enumerate(prefixes):
+        part = names[i::3]
+        tf.raw_ops.SaveV2(
+            prefix=prefix,
+            tensor_names=part,
+            shape_and_slices=[""] * len(part),
+            tensors=[tf.constant(named[n]) for n in part],
+        )
+    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=prefixes, destination_prefix=str(tmp_path / "model.ckpt-7"))
+    found = read_openai(tmp_path / "model.ckpt-7")
+    assert found.keys() == variables.keys() and all(np.array_equal(found[n], variables[n]) for n in variables)
+    next(tmp_path.glob("*.data-00001-of-00003")).unlink()
+    with pytest.raises(ValueError, match="2 of its 3 data files"):
+        read_openai(tmp_path / "model.ckpt-7")
+
+
+def test_damaged_files_are_named(tmp_path):
+    for file in AR.parent.glob("model.ckpt-1000.*"):
+        shutil.copy(file, tmp_path)
+    data = next(tmp_path.glob("*.data-*"))
+    data.write_bytes(data.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        convert(ConvertArguments(str(tmp_path / "model.ckpt-1000"), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="without suffix"):
+        read_openai(tmp_path / "model.ckpt-1")
+
+
+def test_unknown_and_missing_variables_are_named():
+    variables = read_openai(AR)
+    with pytest.raises(ValueError, match="has not: h0/attn/rotary"):
+        from_openai(variables | {"h0/attn/rotary": np.zeros(3)})
+    for name in ("wpe", "h2/mlp/c_fc/w"):
+        with pytest.raises(ValueError, match=f"no variable {name}"):
+            from_openai({n: v for n, v in variables.items() if n != name})
+
+
+def test_refusals(tmp_path, monkeypatch):
+    np.save(tmp_path / "palette.npy", np.zeros((5, 3)))
+    with pytest.raises(ValueError, match="has 5 colours, the model 16"):
+        convert(ConvertArguments(str(AR), str(tmp_path / "out"), str(tmp_path / "palette.npy")))
+    with pytest.raises(ValueError, match="not empty"):
+        convert(ConvertArguments(str(AR), str(tmp_path)))
+    monkeypatch.setitem(sys.modules, "tensorflow.python.training", None)
+    with pytest.raises(ImportError, match=r"hf_igpt\[openai\]"):
+        read_openai(AR)
