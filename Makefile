@@ -6,6 +6,7 @@ EXTRAS ?= test,lint,openai
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 DEMO = outputs/demo
 TORCHVISION = $(VENV)/torchvision
+PEER = $(VENV)/peer
 
 .PHONY: demo test test-floor lint clean
 
@@ -19,8 +20,8 @@ demo: $(VENV)/installed  ## learn from the digits and draw, in minutes
 	@echo "  $(VENV)/bin/python scripts/run_pretrain.py --train_dir FOLDER --image_size 16 --output_dir outputs/mine"
 	@echo "  $(VENV)/bin/python scripts/run_sample.py --model_name_or_path outputs/mine --num_images 16"
 
-test: $(VENV)/installed-test $(TORCHVISION)/installed  ## the whole suite
-	HF_IGPT_TORCHVISION=$(abspath $(TORCHVISION)) $(VENV)/bin/python -m pytest
+test: $(VENV)/installed-test $(TORCHVISION)/installed $(PEER)/installed  ## the whole suite
+	HF_IGPT_TORCHVISION=$(abspath $(TORCHVISION)) HF_IGPT_PEER=$(abspath $(PEER))/tests $(VENV)/bin/python -m pytest
 
 # The lowest versions that setup.cfg admits of the two packages whose interfaces move, with torchvision: that old,
 # AutoImageProcessor does not work without it.
@@ -40,6 +41,15 @@ $(VENV)/bin/pip:
 $(VENV)/installed: setup.cfg pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/pip
 	@echo "Setting up $(VENV) (a minute, more where wheels are downloaded)"
 	$(PIP) -c $(CONSTRAINTS) -e .
+	touch $@
+
+# The tests are in transformers' source package alone, of the version that is installed.
+$(PEER)/installed: $(VENV)/installed-test
+	rm -rf $(PEER)
+	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary transformers --dest $(PEER) \
+		transformers==$$($(VENV)/bin/python -c "from importlib.metadata import version; print(version('transformers'))")
+	tar -xzf $(PEER)/transformers-*.tar.gz -C $(PEER) --strip-components=1 --wildcards 'transformers-*/tests'
+	rm $(PEER)/transformers-*.tar.gz
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

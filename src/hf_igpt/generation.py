@@ -136,7 +136,11 @@ def _continue(model, processor, prompts, seed, temperature, top_k, top_p, batch_
         with (
             torch.random.fork_rng(devices=devices, enabled=seed is not None),
             tqdm(
-                total=len(prompts) * n_missing, desc="Drawing", unit="pixel", disable=not progress, leave=False
+                total=len(prompts) * n_missing,
+                desc="Drawing",
+                unit="pixel",
+                disable=None if progress else True,
+                leave=False,
             ) as bar,
         ):
             if seed is not None:

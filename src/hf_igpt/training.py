@@ -211,9 +211,11 @@ class _ImageProgress(ProgressCallback):
     """transformers' progress bar, counting images, with one line of log instead of a dictionary."""
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
-        if self.prediction_bar is not None:
-            self.prediction_bar.set_description("Evaluating")
+        if state.is_world_process_zero and has_length(eval_dataloader):
+            if self.prediction_bar is None:
+                n_batches = len(eval_dataloader)
+                self.prediction_bar = tqdm(total=n_batches, desc="Evaluating", unit="batch", leave=False, disable=None)
+            self.prediction_bar.update(1)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.current_step = 0
