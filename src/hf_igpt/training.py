@@ -133,6 +133,7 @@ class PretrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="nats_per_pixel", metadata={"help": "Metric of the best model."})
     greater_is_better: bool | None = field(default=False, metadata={"help": "Whether a greater metric is better."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are always used."})
     use_cache: bool = field(
         default=True, metadata={"help": "What checkpoints' configurations say; training itself never caches."}
     )
@@ -419,6 +420,7 @@ def pretrain(
         plots.training_curve(trainer.state.log_history, curve_baselines).save(folder / "training.png")
         evaluation.write_records(folder / RECORD, records)
     _summary(args, records)
+    trainer.accelerator.wait_for_everyone()  # what the main process writes is there when any returns
     return records
 
 
@@ -707,3 +709,6 @@ def run_script(function, *dataclasses, description: str):
             f"{name}: interrupted. The same command goes on from the last checkpoint, if there is one.", file=sys.stderr
         )
         sys.exit(130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # or its threads abort the process at exit
