@@ -60,7 +60,7 @@ def test_converted_bert_weights_are_openais(tmp_path):
     tokens, masked = torch.tensor(golden["tokens"]), torch.tensor(golden["masked"])
     with torch.no_grad():
         embedded = backbone.wte(tokens) * ~masked[..., None]
-        hidden = backbone(inputs_embeds=embedded, is_causal=False).last_hidden_state
+        hidden = backbone(inputs_embeds=embedded).last_hidden_state
         logits = hidden @ state["lm_head.weight"].T
         class_logits = hidden.mean(1) @ state["score.weight"].T
     assert (logits - torch.tensor(golden["gen_logits"])).abs().max() < 1e-4
@@ -133,6 +133,10 @@ def test_unknown_and_missing_variables_are_named():
     variables = read_openai(AR)
     with pytest.raises(ValueError, match="has not: h0/attn/rotary"):
         from_openai(variables | {"h0/attn/rotary": np.zeros(3)})
+    with pytest.raises(ValueError, match="no blocks"):
+        from_openai({name: value for name, value in variables.items() if not name.startswith("h")})
+    with pytest.raises(ValueError, match="do not fit together"):
+        from_openai(variables | {"wpe": variables["wpe"][:, :5]})
     for name in ("wpe", "h2/mlp/c_fc/w"):
         with pytest.raises(ValueError, match=f"no variable {name}"):
             from_openai({n: v for n, v in variables.items() if n != name})

@@ -182,6 +182,7 @@ def test_changed_images_are_tokenised_anew(folder, processor, tmp_path, kind):
     before = token_array(tokenize(load_images(arguments)["train"], processor))
     for file in files:
         picture(99, size=(13, 10)).save(file)
+    assert len(readable(load_images(arguments)["train"])) == len(before)
     after = token_array(tokenize(load_images(arguments)["train"], processor))
     assert not np.array_equal(before, after) and (after == after[0]).all()
 

@@ -53,7 +53,9 @@ def test_completions_keep_the_given_rows(model, processor, rows):
     assert (completions[:, :, :kept] == tokens[:, None, :kept]).all()
     if kept < 64:
         assert not torch.equal(completions[:, 0], completions[:, 1])
-    from_tokens = complete(model, processor, tokens=tokens, rows=rows, num_completions=2, return_tokens=True)
+    from_tokens = complete(
+        model, processor, tokens=tokens.to(torch.uint16), rows=rows, num_completions=2, return_tokens=True
+    )
     assert torch.equal(from_tokens, completions)
     pictures = complete(model, processor, given, rows, num_completions=2)
     assert len(pictures) == 3 and len(pictures[0]) == 2
@@ -78,6 +80,7 @@ def test_low_temperature_and_top_k_1_are_greedy(model, processor):
         (lambda m, p: complete(m, p, images(1), num_completions=0), "num_completions"),
         (lambda m, p: complete(m, p), "either `images` or `tokens`"),
         (lambda m, p: complete(m, p, tokens=torch.zeros(2, 10, dtype=torch.long)), r"shape \(n, 64\)"),
+        (lambda m, p: complete(m, p, tokens=torch.zeros(0, 64, dtype=torch.long)), "n >= 1"),
         (lambda m, p: complete(m, p, tokens=torch.full((1, 64), 16), rows=8), "token 16"),
     ],
 )

@@ -298,6 +298,17 @@ def test_classification_loss_under_accumulation(tokens):
     assert sum(parts).item() == pytest.approx(classifier(tokens, labels=labels).loss.item(), rel=1e-5)
     with pytest.raises(ValueError, match=r"5 classes, 0\.\.4"):
         classifier(tokens, labels=labels + 2)
+    assert classifier(tokens, labels=labels.to(torch.uint8)).loss == classifier(tokens, labels=labels).loss
+
+
+@pytest.mark.parametrize(("n_labels", "shape"), [(1, (4,)), (5, (4, 5))])
+def test_regression_and_multi_label_losses_under_accumulation(tokens, n_labels, shape):
+    classifier = randomized(ImageGPTForImageClassification(small_config(num_labels=n_labels)))
+    labels = torch.rand(shape)
+    whole = classifier(tokens, labels=labels).loss.item()
+    parts = zip(tokens.split(1), labels.split(1), strict=True)
+    loss = sum(classifier(t, labels=y, num_items_in_batch=labels.numel()).loss for t, y in parts)
+    assert loss.item() == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["masked", "sos"])
@@ -312,6 +323,14 @@ def test_what_transformers_cannot_represent_fails_there_with_a_sentence(kind, tm
     assert loaded.objective == config.objective and loaded.sos_inputs == config.sos_inputs
     assert loaded.reorder_and_upcast_attn is False
     if kind == "masked":
+        tokens = torch.randint(0, 16, (1, 64))
+        changed = torch.nn.functional.pad(tokens[:, :-1], (0, 1), value=(int(tokens[0, -1]) + 1) % 16)
+        backbone = randomized(ImageGPTModel.from_pretrained(tmp_path))
+        for implementation in ("sdpa", "eager"):  # every position sees every other
+            backbone.set_attn_implementation(implementation)
+            difference = backbone(tokens).last_hidden_state[:, 0] - backbone(changed).last_hidden_state[:, 0]
+            assert difference.abs().max() > 1e-6
+        assert backbone(tokens).past_key_values is None
         for of_causal in (ImageGPTForCausalImageModeling, ImageGPTForImageClassification):
             with pytest.raises(ValueError, match="trained on masked pixels"):
                 of_causal.from_pretrained(tmp_path)

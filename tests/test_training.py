@@ -229,6 +229,22 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(tmp_path, greys):
     assert_same_run(tmp_path / "whole", tmp_path / "resumed", weight_tolerance=0)
 
 
+def test_passes_of_a_stream_have_different_orders(tmp_path, greys, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    digits = data.digits().select(range(60))
+    digits.cast_column("image", digits.features["image"].__class__()).to_parquet(tmp_path / "digits" / "train.parquet")
+    streams = []
+    monkeypatch.setattr(data, "stream_tokens", lambda stream, *a: streams.append(stream))
+    splits = data.load_images(DataArguments(train_dir=str(tmp_path / "digits"), streaming=True, max_eval_samples=50))
+    arguments = PretrainingArguments(use_cpu=True)
+    processor = training.make_processor(np.load(greys), 8)
+    options = DataArguments(train_dir=str(tmp_path / "digits"), streaming=True)
+    training._tokens(splits, processor, options, arguments)
+    rows = [row["image"]["bytes"] for row in streams[0].take(40)]
+    assert len(set(rows)) == 10
+    assert len({tuple(rows[i : i + 10]) for i in range(0, 40, 10)}) > 1
+
+
 def test_the_same_seed_gives_the_same_run(tmp_path, greys):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(tmp_path / name, greys, seed=seed, max_steps=3)
@@ -362,7 +378,6 @@ def test_a_file_instead_of_flags(tmp_path, kind, monkeypatch):
         ("{bad", "cannot be read"),
         ("[1]", "names and values"),
         ('{"sise": "s"}', "unknown names: sise"),
-        ('{"size": "h"}', "one of"),
     ],
 )
 def test_bad_recipes(tmp_path, recipe, message, monkeypatch):
@@ -372,12 +387,25 @@ def test_bad_recipes(tmp_path, recipe, message, monkeypatch):
         training.parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description="")
 
 
+@pytest.mark.parametrize(
+    "recipe", ['{"size": "h"}', '{"max_steps": [1, 2]}', '{"num_samples": 3.5}', '{"learning_rate": "x"}']
+)
+def test_recipes_are_checked_like_flags(tmp_path, recipe, monkeypatch):
+    (tmp_path / "recipe.json").write_text(recipe)
+    monkeypatch.setattr(sys, "argv", ["run_pretrain.py", str(tmp_path / "recipe.json")])
+    with pytest.raises((SystemExit, ValueError), match=r"2|not used"):
+        training.parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description="")
+
+
 def test_evaluations_and_checkpoints_come_together():
     assert (PretrainingArguments().eval_steps, PretrainingArguments().save_steps) == (0.1, 0.1)
     arguments = PretrainingArguments(save_steps=20)
     assert (arguments.eval_steps, arguments.save_steps) == (20, 20)
     training._set_steps(arguments, False, range(1600), 8)
     assert (arguments.eval_steps, arguments.save_steps, arguments.logging_steps) == (20, 20, 30)
+    arguments = PretrainingArguments(eval_steps=0.1, save_steps=0.2, max_steps=33)
+    training._set_steps(arguments, False, range(1600), 8)
+    assert (arguments.eval_steps, arguments.save_steps) == (4, 8)
 
 
 # -- palettes ----------------------------------------------------------------------------------------------------------
@@ -446,7 +474,11 @@ def test_foreign_and_finished_folders_are_refused(tmp_path, greys):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"seed": 2}, "--seed 1, not 2"), ({"model": {"config_overrides": "n_layer=1"}}, "n_embd = 32, this run 128")],
+    [
+        ({"seed": 2}, "--seed 1, not 2"),
+        ({"images": {"train_val_split": 0.5}}, "other arguments of data"),
+        ({"model": {"config_overrides": "n_layer=1"}}, "n_embd = 32, this run 128"),
+    ],
 )
 def test_another_run_does_not_resume(tmp_path, greys, options, message):
     run(tmp_path, greys, max_steps=2, save_strategy="steps", save_steps=1)

@@ -119,6 +119,8 @@ class ImageGPTConfig(PreTrainedConfig):
             raise ValueError(f'objective is "causal" or "masked"; found {self.objective!r}.')
         if self.sos_inputs and self.objective == "masked":
             raise ValueError("sos_inputs is of causal models: masked ones have no SOS.")
+        if self.objective == "masked":
+            self.is_causal = False  # read by transformers' attention masks
         if isinstance(self.reorder_and_upcast_attn, str):
             self.reorder_and_upcast_attn = False  # the sentence below, met again
         if self.add_cross_attention:

@@ -77,10 +77,15 @@ def from_openai(variables: dict[str, np.ndarray]) -> tuple[ImageGPTConfig, dict[
         return torch.from_numpy(np.array(left.pop(name), dtype=np.float32))
 
     n_layer = len({match[1] for name in variables if (match := re.match(r"h(\d+)/", name))})
+    if n_layer == 0:
+        raise ValueError("The checkpoint has no blocks (h0/…): it is no Image GPT.")
     masked = "sos" not in left
     wte = take("wte")
     n_colors, d = wte.shape
     sos = torch.zeros(d) if masked else take("sos")
+    widths = {name: np.shape(variables[name])[-1] for name in ("wpe", "wtet", "sos", "ln_f/g") if name in variables}
+    if wrong := {name: width for name, width in widths.items() if width != d}:
+        raise ValueError(f"wte has width {d}, but {wrong}: the checkpoint's variables do not fit together.")
     state = {"transformer.wte.weight": torch.cat([wte, sos[None]])}
     for name, (ours, _) in _WHOLE.items():
         if name != "clf/wclf" or name in left:

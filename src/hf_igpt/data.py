@@ -455,7 +455,18 @@ def readable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets
         reasons = _read_batch(batch[IMAGE], indices, "skip")[1]
         return {"bad": reasons}
 
-    checked = dataset.map(check, batched=True, with_indices=True, num_proc=num_proc, desc="Checking images")
+    checked = dataset.map(
+        check,
+        batched=True,
+        batch_size=_BATCH,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
+        new_fingerprint=datasets.fingerprint.Hasher.hash(
+            (dataset._fingerprint, _states_of_files(dataset), PIL.__version__)
+        ),
+        desc="Checking images",
+    )
     bad = [reason for reason in checked["bad"] if reason]
     if not bad:
         return dataset

@@ -73,8 +73,9 @@ def complete(
     if tokens is None:
         tokens = processor(images, return_tensors="pt")["input_ids"]
     tokens = torch.as_tensor(tokens).cpu()
-    if tokens.ndim != 2 or tokens.shape[1] != height * width:
-        raise ValueError(f"Tokens of images have shape (n, {height * width}); found {tuple(tokens.shape)}.")
+    tokens = tokens if tokens.is_floating_point() else tokens.long()
+    if len(tokens) == 0 or tokens.ndim != 2 or tokens.shape[1] != height * width:
+        raise ValueError(f"Tokens of images have shape (n, {height * width}), n >= 1; found {tuple(tokens.shape)}.")
     check_tokens(tokens, model.config.vocab_size - 1, "tokens", model.config)
     prompts = tokens[:, : rows * width].long().repeat_interleave(num_completions, dim=0)
     drawn = _continue(model, processor, prompts, seed, temperature, top_k, top_p, batch_size, progress)
@@ -235,11 +236,13 @@ def _held_out_images(args: SampleArguments, data_args) -> list[Image.Image]:
     if records.is_file():
         record = read_records(records)[0]
         seed = record.seed if seed is None else seed
-        if not record.data.startswith(data_args.name()):
+        if record.data.split(", ")[0] != data_args.name():
             raise ValueError(
                 f"The model was trained on {record.data}; --num_held_out would take images of {data_args.name()}: give the "
                 "same --dataset_name or --train_dir as in training, or --images."
             )
+        if args.num_held_out > record.n:
+            raise ValueError(f"--num_held_out {args.num_held_out}: only {record.n} images were held out in training.")
     held_out = data.load_images(data_args, seed=42 if seed is None else seed)["validation"]
     cells = held_out.select(range(min(args.num_held_out, len(held_out))))[data.IMAGE]
     print(f"Completing {len(cells)} held-out images of {data_args.name()}")

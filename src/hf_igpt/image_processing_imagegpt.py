@@ -59,8 +59,13 @@ class _ColorQuantization:
 
     def __init__(self, clusters=None, **kwargs):
         super().__init__(clusters=None if clusters is None else check_palette(clusters), **kwargs)
-        if self.do_center_crop and self.crop_size == self.size:
-            self.crop_size = None  # the largest square, as `to_dict` writes it
+
+    @classmethod
+    def from_dict(cls, image_processor_dict, **kwargs):
+        options = dict(image_processor_dict)
+        if options.get("do_center_crop") and options.get("crop_size") == options.get("size"):
+            options["crop_size"] = None  # the largest square, as `to_dict` writes it
+        return super().from_dict(options, **kwargs)
 
     def fetch_images(self, image_url_or_urls):
         """Images behind paths and URLs, by PIL in both backends. One that cannot be read is a ValueError naming it."""

@@ -237,6 +237,8 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             raise ValueError("Pass either `input_ids` or `inputs_embeds`, and not both.")
         for name in ("output_attentions", "output_hidden_states"):
             kwargs.pop(name, None)  # the decorator has recorded them
+        if self.config.objective == "masked":
+            use_cache = False  # every position sees every other: there is no past
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if getattr(past_key_values, "is_compileable", False):
@@ -504,12 +506,14 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         logits = self.score(outputs.last_hidden_state.mean(dim=1))  # (B, classes)
         loss = None
         if labels is not None:
-            integers = labels.dtype in (torch.long, torch.int) and self.num_labels > 1
+            integers = not labels.is_floating_point() and labels.ndim == 1 and self.num_labels > 1
             if integers and self.config.problem_type in (None, "single_label_classification"):
                 self._check_labels(labels)
                 loss = _cross_entropy(logits, labels.long(), num_items_in_batch)
             else:
                 loss = self.loss_function(labels, logits, self.config)
+                if num_items_in_batch is not None:  # Trainer counts all elements of all labels
+                    loss = loss * labels.numel() / num_items_in_batch
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,

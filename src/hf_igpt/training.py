@@ -5,6 +5,7 @@ clock, a picture of samples at each evaluation.
 """
 
 import argparse
+import json
 import math
 import shlex
 import sys
@@ -42,8 +43,10 @@ from .presets import (
 
 RECORD = "records.json"  # written last: a folder that holds it holds a finished run
 # What a run writes before its first checkpoint, the picture first; and what its end writes before the records.
-_BEGUN = {"palette.png", "preprocessor_config.json", "samples", "runs"}
+_RUN = "run.json"
+_BEGUN = {_RUN, "palette.png", "preprocessor_config.json", "samples", "runs"}
 _ENDED = {"config.json", "generation_config.json", "model.safetensors", "training_args.bin", "training.png"}
+_REPEAT_BUFFER = 1000  # images of a stream that are mixed anew, so that its passes have different orders
 _PALETTE_PIXELS = 1_000_000  # sampled from all images, for a palette
 _WARMUP_SHARE = 0.1  # of training, at most, unless an argument says otherwise
 _BASELINE_TOKENS = 20_000_000  # training tokens that are counted, at most
@@ -376,13 +379,14 @@ def pretrain(
     processor = _processor(model_args, data_args, args, checkpoint, splits["train"])
     model = _model(model_args, args, processor)
     if checkpoint:
-        _check_same_run(checkpoint, model.config, args)
+        _check_same_run(checkpoint, model.config, args, _identity(model_args, data_args))
     train, held_out, reference = _tokens(splits, processor, data_args, args)
     _set_steps(args, data_args.streaming, train, processor.token_grid()[0])
     if args.should_save:  # from here on everything has been checked
         folder.mkdir(parents=True, exist_ok=True)
         plots.palette_picture(processor.clusters).save(folder / "palette.png")
         processor.save_pretrained(folder)
+        (folder / _RUN).write_text(json.dumps({"identity": _identity(model_args, data_args)}))
 
     clock = None if args.max_minutes is None else _Clock(args.max_minutes, args.device)
     trainer = PretrainingTrainer(
@@ -424,8 +428,22 @@ def pretrain(
     return records
 
 
-def _check_same_run(checkpoint: str, config: ImageGPTConfig, args: PretrainingArguments):
-    """ValueError if the checkpoint is of another model or seed: the seed fixes the held-out images."""
+def _identity(model_args, data_args) -> str:
+    """What a resumed run must have in common with the one it resumes, hashed: images, split, palette, crops."""
+    fields = vars(data_args) | {"palette": model_args.image_processor_name, "num_colors": model_args.num_colors}
+    fields = {
+        name: value for name, value in fields.items() if name not in ("preprocessing_num_workers", "data_cache_dir")
+    }
+    return datasets.fingerprint.Hasher.hash(sorted(fields.items()))
+
+
+def _check_same_run(checkpoint: str, config: ImageGPTConfig, args: PretrainingArguments, identity: str):
+    """ValueError if the checkpoint is of another model, seed, data or palette: held-out images must stay held out."""
+    run = Path(checkpoint).parent / _RUN
+    if run.is_file() and json.loads(run.read_text())["identity"] != identity:
+        raise ValueError(
+            f"{checkpoint} was trained with other arguments of data or palette: repeat those, or give another --output_dir."
+        )
     was = ImageGPTConfig.from_pretrained(checkpoint).to_diff_dict()
     now = config.to_diff_dict()
     for name in sorted((was.keys() | now.keys()) - {"architectures", "dtype", "transformers_version"}):
@@ -514,7 +532,8 @@ def _tokens(splits, processor, data_args, args):
         held_out = data.tokenize(splits["validation"], processor, desc="Tokenising held-out images", **tokenizing)
         if data_args.streaming:
             # One endless epoch, so that a resumed run skips what the interrupted one has read.
-            train = data.stream_tokens(splits["train"], processor, data_args).repeat(None)
+            train = splits["train"].repeat(None).shuffle(seed=args.seed, buffer_size=_REPEAT_BUFFER)
+            train = data.stream_tokens(train, processor, data_args)
             return train, data.ImageTokens(held_out, processor), {}
         images = splits["train"]
         if data_args.random_crop and data_args.on_bad_image == "skip":
@@ -557,6 +576,8 @@ def _set_steps(args, streaming, train, image_size):
     for name in ("eval_steps", "save_steps", "logging_steps"):  # fractions become steps, as checkpoints record them
         steps = getattr(args, name)
         setattr(args, name, int(steps) if steps >= 1 else max(1, math.ceil(steps * total)))
+    if args.load_best_model_at_end and args.eval_strategy == args.save_strategy == "steps":
+        args.save_steps = max(1, round(args.save_steps / args.eval_steps)) * args.eval_steps  # each has its evaluation
 
 
 def _per_image_nats(logits, labels):
@@ -670,17 +691,20 @@ def parse_arguments(*dataclasses, description: str):
     )
     flags = sys.argv[1:]
     if flags and flags[0].endswith((".json", ".yaml", ".yml")):
-        recipe = _read_recipe(Path(flags.pop(0)))
-        known = {action.dest: action for action in parser._actions}
-        if unknown := sorted(set(recipe) - set(known)):
-            raise ValueError(f"{sys.argv[1]} has unknown names: {', '.join(unknown)}.")
-        for name, value in recipe.items():
-            choices = known[name].choices
-            if choices and value not in choices:
-                raise ValueError(f"{sys.argv[1]}: {name} is one of {', '.join(map(str, choices))}; found {value!r}.")
-            known[name].required = False
-        parser.set_defaults(**recipe)
+        flags = _recipe_flags(Path(flags[0]), {action.dest for action in parser._actions} - {"help"}) + flags[1:]
     return parser.parse_args_into_dataclasses(flags)
+
+
+def _recipe_flags(file: Path, known: set[str]) -> list[str]:
+    """The recipe as flags, so that argparse checks it like flags; those that follow on the command line win."""
+    recipe = _read_recipe(file)
+    if unknown := sorted(set(recipe) - known):
+        raise ValueError(f"{file} has unknown names: {', '.join(unknown)}.")
+    flags = []
+    for name, value in recipe.items():
+        if value is not None:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
 
 
 def _read_recipe(file: Path) -> dict:
