@@ -18,13 +18,13 @@ from .image_processing_imagegpt import ImageGPTImageProcessorPil
 from .modeling_imagegpt import ImageGPTForCausalImageModeling
 
 
-# OpenAI's name -> ours, and how the array changes: None (as it is), "heads" (H, E, D) -> (D, D), with its inverse.
+# OpenAI's name -> ours; in a block also how the array changes: None (as it is), "heads" (H, E, D) -> (D, D).
 # wte, sos and the three of q, k, v have parts of a weight each; they are joined in `from_openai`.
 _WHOLE = {
-    "wpe": ("transformer.wpe.weight", None),
-    "wtet": ("lm_head.weight", None),
-    "ln_f/g": ("transformer.ln_f.weight", None),
-    "clf/wclf": ("score.weight", None),
+    "wpe": "transformer.wpe.weight",
+    "wtet": "lm_head.weight",
+    "ln_f/g": "transformer.ln_f.weight",
+    "clf/wclf": "score.weight",
 }
 _OF_BLOCK = {
     "ln_1/g": ("ln_1.weight", None),
@@ -87,7 +87,7 @@ def from_openai(variables: dict[str, np.ndarray]) -> tuple[ImageGPTConfig, dict[
     if wrong := {name: width for name, width in widths.items() if width != d}:
         raise ValueError(f"wte has width {d}, but {wrong}: the checkpoint's variables do not fit together.")
     state = {"transformer.wte.weight": torch.cat([wte, sos[None]])}
-    for name, (ours, _) in _WHOLE.items():
+    for name, ours in _WHOLE.items():
         if name != "clf/wclf" or name in left:
             state[ours] = take(name)
     n_head = None
@@ -129,7 +129,7 @@ def to_openai(config: ImageGPTConfig, state: dict[str, torch.Tensor]) -> dict[st
     variables = {"wte": wte[:-1]}
     if config.objective == "causal":
         variables["sos"] = wte[-1]
-    for name, (ours, _) in _WHOLE.items():
+    for name, ours in _WHOLE.items():
         if ours in state:
             variables[name] = state.pop(ours)
     for i in range(config.n_layer):

@@ -345,8 +345,6 @@ def tokenize(dataset: datasets.Dataset, processor, on_bad_image: str = "error", 
             tokens[[not reason for reason in reasons]] = processor(images)[TOKENS]
         return {TOKENS: tokens, "bad": reasons}
 
-    versions = (_CACHE_VERSION, PIL.__version__, transformers.__version__)
-    key = (dataset._fingerprint, _states_of_files(dataset), processor.to_json_string(), processor.backend, on_bad_image)
     dataset = dataset.map(
         to_tokens,
         batched=True,
@@ -355,20 +353,33 @@ def tokenize(dataset: datasets.Dataset, processor, on_bad_image: str = "error", 
         remove_columns=[IMAGE],
         features=datasets.Features(features),
         num_proc=num_proc,
-        new_fingerprint=datasets.fingerprint.Hasher.hash((key, versions)),
+        new_fingerprint=_cache_key(dataset, processor.to_json_string(), processor.backend, on_bad_image),
         desc=desc or "Tokenising",
     )
-    bad = [(row, reason) for row, reason in enumerate(dataset["bad"]) if reason] if on_bad_image == "skip" else []
-    if bad:
-        report_bad_images([reason for _, reason in bad], len(dataset))
-        excluded = {row for row, _ in bad}
-        dataset = dataset.select([row for row in range(len(dataset)) if row not in excluded])
+    if on_bad_image == "skip":
+        dataset = _without_bad(dataset, dataset["bad"])
     return dataset.remove_columns("bad")
+
+
+def _cache_key(dataset, *of_the_work) -> str:
+    """Fingerprint of what is made from a dataset's images: of them, of the work done, and of the code that does it."""
+    versions = (_CACHE_VERSION, PIL.__version__, transformers.__version__)
+    key = (dataset._fingerprint, _states_of_files(dataset), of_the_work, versions)
+    return datasets.fingerprint.Hasher.hash(key)
+
+
+def _without_bad(dataset, reasons: list[str]):
+    """`dataset` without the rows that have a reason why they cannot be read; these are reported."""
+    bad = [reason for reason in reasons if reason]
+    if not bad:
+        return dataset
+    report_bad_images(bad, len(dataset))
+    return dataset.select([row for row, reason in enumerate(reasons) if not reason])
 
 
 def _states_of_files(dataset) -> list:
     """Path, size and time of change of the files that cells name, for the key of the cache: their table has not changed."""
-    cells = dataset.select(range(min(1, len(dataset))))[IMAGE]
+    cells = dataset[:1][IMAGE]
     if not cells or not isinstance(cells[0], dict) or cells[0].get("bytes") is not None:
         return []
     states = []
@@ -462,16 +473,10 @@ def readable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets
         with_indices=True,
         remove_columns=dataset.column_names,
         num_proc=num_proc,
-        new_fingerprint=datasets.fingerprint.Hasher.hash(
-            (dataset._fingerprint, _states_of_files(dataset), PIL.__version__)
-        ),
+        new_fingerprint=_cache_key(dataset, "readable"),
         desc="Checking images",
     )
-    bad = [reason for reason in checked["bad"] if reason]
-    if not bad:
-        return dataset
-    report_bad_images(bad, len(dataset))
-    return dataset.select([row for row, reason in enumerate(checked["bad"]) if not reason])
+    return _without_bad(dataset, checked["bad"])
 
 
 def stream_tokens(dataset: datasets.IterableDataset, processor, args: DataArguments) -> datasets.IterableDataset:

@@ -214,6 +214,10 @@ class _Clock(TrainerCallback):
 class _ImageProgress(ProgressCallback):
     """transformers' progress bar, counting images, with one line of log instead of a dictionary."""
 
+    def __init__(self, images_seen):
+        super().__init__()
+        self.images_seen = images_seen  # steps -> images
+
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero and has_length(eval_dataloader):
             if self.prediction_bar is None:
@@ -222,11 +226,9 @@ class _ImageProgress(ProgressCallback):
             self.prediction_bar.update(1)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.current_step = 0
         if state.is_world_process_zero:
-            self.images_per_step = _images_per_step(args)
             self.training_bar = tqdm(
-                total=state.max_steps * self.images_per_step,
+                total=self.images_seen(state.max_steps),
                 desc="Training",
                 unit="image",
                 unit_scale=True,
@@ -236,8 +238,7 @@ class _ImageProgress(ProgressCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.training_bar.update((state.global_step - self.current_step) * self.images_per_step)
-            self.current_step = state.global_step
+            self.training_bar.update(self.images_seen(state.global_step) - self.training_bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None or "images" not in logs:
@@ -305,22 +306,43 @@ def _images_per_step(args: TrainingArguments) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def load_processor(model_args: ModelArguments, image_size: int | None, center_crop: bool | None):
-    """The image processor that --image_processor_name names: a processor's folder or Hub name, or a bare palette.
+def load_processor(name: str, model_args: ModelArguments, data_args: data.DataArguments):
+    """The image processor called `name`: a processor's folder or Hub name, or a bare palette (.npy, .json).
 
-    A processor keeps its own size and crop where these are None.
+    A processor keeps its own size and crop unless --image_size or --center_crop say otherwise.
     """
-    name = model_args.image_processor_name
     if Path(name).suffix in (".npy", ".json"):
-        return make_processor(clusters.load_palette(name), image_size or IMAGE_SIZE, center_crop is not False)
+        return make_processor(clusters.load_palette(name), _image_size(data_args), data_args.center_crop is not False)
     processor = data.InstalledProcessor.from_pretrained(
         name, revision=model_args.model_revision, cache_dir=model_args.cache_dir
     )
-    if image_size:
-        processor.size = SizeDict(height=image_size, width=image_size)
-    if center_crop is not None:
-        processor.do_center_crop = center_crop
+    if data_args.image_size:
+        processor.size = SizeDict(height=data_args.image_size, width=data_args.image_size)
+    if data_args.center_crop is not None:
+        processor.do_center_crop = data_args.center_crop
     return processor
+
+
+def _image_size(data_args: data.DataArguments) -> int:
+    return data_args.image_size or (DIGITS_IMAGE_SIZE if data_args.is_embedded else IMAGE_SIZE)
+
+
+def _sample_pixels(images, data_args: data.DataArguments, n_pixels: int, seed: int) -> np.ndarray:
+    center_crop = data_args.center_crop is not False
+    return data.sample_pixels(images, n_pixels, _image_size(data_args), center_crop, seed, data_args.on_bad_image)
+
+
+def _fit_palette(images, data_args: data.DataArguments, n_colors: int | None, n_pixels: int, seed: int, progress: bool):
+    """A palette of `n_colors` (None: the default of the images) fitted on training images, and the pixels sampled."""
+    n_colors = n_colors or (DIGITS_N_COLORS if data_args.is_embedded else N_COLORS)
+    pixels = _sample_pixels(images, data_args, n_pixels, seed)
+    data.tqdm.write(f"Fitting {n_colors} colours to {len(pixels):,} pixels")
+    return clusters.fit_palette(pixels, n_colors, seed, progress=progress), pixels
+
+
+def _say_distortion(palette: np.ndarray, lost: dict[str, float], of: str):
+    rmse, psnr = lost["rmse_grey_levels"], lost["psnr_db"]
+    data.tqdm.write(f"Palette: {len(palette)} colours; on {of}: {rmse:.3f} grey levels RMSE, {psnr:.2f} dB PSNR")
 
 
 def make_processor(palette: np.ndarray, image_size: int, center_crop: bool = True):
@@ -378,15 +400,16 @@ def pretrain(
         )
     processor = _processor(model_args, data_args, args, checkpoint, splits["train"])
     model = _model(model_args, args, processor)
+    identity = _identity(model_args, data_args)
     if checkpoint:
-        _check_same_run(checkpoint, model.config, args, _identity(model_args, data_args))
+        _check_same_run(checkpoint, model.config, args, identity)
     train, held_out, reference = _tokens(splits, processor, data_args, args)
     _set_steps(args, data_args.streaming, train, processor.token_grid()[0])
     if args.should_save:  # from here on everything has been checked
         folder.mkdir(parents=True, exist_ok=True)
         plots.palette_picture(processor.clusters).save(folder / "palette.png")
         processor.save_pretrained(folder)
-        (folder / _RUN).write_text(json.dumps({"identity": _identity(model_args, data_args)}))
+        (folder / _RUN).write_text(json.dumps({"identity": identity}))
 
     clock = None if args.max_minutes is None else _Clock(args.max_minutes, args.device)
     trainer = PretrainingTrainer(
@@ -403,7 +426,7 @@ def pretrain(
     trainer.clock = clock
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_ImageProgress)
+        trainer.add_callback(_ImageProgress(trainer.images_seen))
     _say(
         args,
         f"Training {model.num_parameters():,} parameters ({args.size}) on {data_args.name()}: "
@@ -413,7 +436,7 @@ def pretrain(
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if clock and trainer.state.global_step < trainer.state.max_steps:
-        seen, planned = (n * _images_per_step(args) for n in (trainer.state.global_step, trainer.state.max_steps))
+        seen, planned = map(trainer.images_seen, (trainer.state.global_step, trainer.state.max_steps))
         _say(args, f"Stopped by --max_minutes {args.max_minutes:g} after {seen:,} of {planned:,} images.")
     trainer.save_model()
     # Not `evaluate`, whose result would be logged, drawn and sampled as the last step's, where this is the best one's.
@@ -465,13 +488,9 @@ def _say(args, text: str):
 
 def _processor(model_args, data_args, args, checkpoint, train_images):
     """The processor: of the checkpoint that is gone on from, or named, or with a palette fitted to the images."""
-    default_size = DIGITS_IMAGE_SIZE if data_args.is_embedded else IMAGE_SIZE
     source = checkpoint or model_args.image_processor_name or model_args.model_name_or_path
     if source:
-        named = ModelArguments(**{**vars(model_args), "image_processor_name": str(source)})
-        bare = Path(source).suffix in (".npy", ".json")
-        image_size = data_args.image_size or (default_size if bare else None)
-        processor = load_processor(named, image_size, data_args.center_crop)
+        processor = load_processor(source, model_args, data_args)
         if processor.clusters is None:
             raise ValueError(
                 f"The image processor of {source} has no palette: name another, or leave it out to fit one."
@@ -481,23 +500,15 @@ def _processor(model_args, data_args, args, checkpoint, train_images):
                 f"--num_colors {model_args.num_colors}: the palette of {source} has {len(processor.clusters)} colours."
             )
         return processor
-    n_colors = model_args.num_colors or (DIGITS_N_COLORS if data_args.is_embedded else N_COLORS)
-    image_size, center_crop = data_args.image_size or default_size, data_args.center_crop is not False
     palette = None
     if args.process_index == 0:
-        pixels = data.sample_pixels(
-            train_images, _PALETTE_PIXELS, image_size, center_crop, args.seed, data_args.on_bad_image
+        progress = not args.disable_tqdm
+        palette, pixels = _fit_palette(
+            train_images, data_args, model_args.num_colors, _PALETTE_PIXELS, args.seed, progress
         )
-        _say(args, f"Fitting {n_colors} colours to {len(pixels):,} pixels")
-        palette = clusters.fit_palette(pixels, n_colors, args.seed, progress=not args.disable_tqdm)
-        lost = clusters.distortion(pixels, palette)
-        _say(
-            args,
-            f"Palette: {n_colors} colours, distortion {lost['rmse_grey_levels']:.2f} grey levels RMSE, "
-            f"{lost['psnr_db']:.2f} dB PSNR",
-        )
+        _say_distortion(palette, clusters.distortion(pixels, palette), "the pixels it was fitted to")
     palette = broadcast_object_list([palette])[0]
-    return make_processor(palette, image_size, center_crop)
+    return make_processor(palette, _image_size(data_args), data_args.center_crop is not False)
 
 
 def _model(model_args, args, processor):
@@ -646,17 +657,14 @@ def fit_clusters(args: ClustersArguments, data_args: data.DataArguments) -> list
             f"{folder} holds something else ({', '.join(sorted(strange)[:5])}): give another --output_dir."
         )
     palette = clusters.load_palette(args.palette) if args.palette else None
-    image_size = data_args.image_size or (DIGITS_IMAGE_SIZE if data_args.is_embedded else IMAGE_SIZE)
+    image_size = _image_size(data_args)
     splits = data.load_images(data_args, seed=args.seed)
-    center_crop = data_args.center_crop is not False
-    sampling = (args.num_pixels, image_size, center_crop, args.seed, data_args.on_bad_image)
     if palette is None:
-        n_colors = args.num_colors or (DIGITS_N_COLORS if data_args.is_embedded else N_COLORS)
-        pixels = data.sample_pixels(splits["train"], *sampling)
-        print(f"Fitting {n_colors} colours to {len(pixels):,} pixels", flush=True)
-        palette = clusters.fit_palette(pixels, n_colors, args.seed, progress=True)
-    lost = clusters.distortion(data.sample_pixels(splits["validation"], *sampling), palette)
-    make_processor(palette, image_size, center_crop).save_pretrained(folder)
+        palette, _ = _fit_palette(
+            splits["train"], data_args, args.num_colors, args.num_pixels, args.seed, progress=True
+        )
+    lost = clusters.distortion(_sample_pixels(splits["validation"], data_args, args.num_pixels, args.seed), palette)
+    make_processor(palette, image_size, data_args.center_crop is not False).save_pretrained(folder)
     np.save(folder / "palette.npy", palette)
     plots.palette_picture(palette).save(folder / "palette.png")
     records = [
@@ -673,10 +681,7 @@ def fit_clusters(args: ClustersArguments, data_args: data.DataArguments) -> list
         for metric, value in lost.items()
     ]
     evaluation.write_records(folder / RECORD, records)
-    print(
-        f"{len(palette)} colours; on held-out images: {lost['rmse_grey_levels']:.3f} grey levels RMSE, "
-        f"{lost['psnr_db']:.2f} dB PSNR"
-    )
+    _say_distortion(palette, lost, "held-out images")
     print(f"Wrote the image processor, palette.npy, palette.png and records to {folder}")
     flags = {"dataset_name": data_args.dataset_name, "train_dir": data_args.train_dir, "image_processor_name": folder}
     flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value)
