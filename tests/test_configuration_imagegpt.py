@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers.models.imagegpt.configuration_imagegpt as theirs
+from transformers import GPT2Config
 
 from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling
 
@@ -59,6 +60,7 @@ def test_presets_are_the_papers(tmp_path):
         ({"initialization": "xavier"}, "initialization"),
         ({"add_cross_attention": True}, "cross-attention"),
         ({"tie_word_embeddings": True}, "untied"),
+        ({"generative_loss_weight": -1}, "at least 0"),
     ],
 )
 def test_refusals(fields, message):
@@ -69,3 +71,10 @@ def test_refusals(fields, message):
 def test_unknown_preset():
     with pytest.raises(ValueError, match="tiny, xs, s, m, l, xl"):
         ImageGPTConfig.from_preset("huge")
+
+
+def test_other_model_types_are_refused(tmp_path):
+    GPT2Config(n_layer=1).save_pretrained(tmp_path)
+    for loader in (ImageGPTConfig, ImageGPTForCausalImageModeling):
+        with pytest.raises(ValueError, match="type gpt2, no Image GPT"):
+            loader.from_pretrained(tmp_path)

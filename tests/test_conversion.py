@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomized, small_config
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+)
 
-from hf_igpt import ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
+from hf_igpt import (
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+    ImageGPTForMaskedImageModeling,
+)
 from hf_igpt.conversion import ConvertArguments, convert, from_openai, read_openai, to_openai
 
 
@@ -46,32 +55,34 @@ def test_the_same_folder_is_a_classifier(converted):
     with torch.no_grad():
         output = model(torch.tensor(golden["golden/tokens"]), labels=torch.tensor(golden["golden/labels"]))
     assert abs(output.loss - float(golden["golden/clf_loss"])) < 1e-5
+    joint = ImageGPTForImageClassification.from_pretrained(converted, generative_loss_weight=1)
+    with torch.no_grad():
+        output = joint(torch.tensor(golden["golden/tokens"]), labels=torch.tensor(golden["golden/labels"]))
+    assert abs(output.loss - float(golden["golden/clf_loss"] + golden["golden/gen_loss"])) < 1e-5
+    assert abs(output.generative_loss - float(golden["golden/gen_loss"])) < 1e-5
     assert type(AutoModelForImageClassification.from_pretrained(converted)) is ImageGPTForImageClassification
 
 
-def test_converted_bert_weights_are_openais(tmp_path):
-    golden = np.load(FIXTURES / "openai-bert" / "golden.npz")
-    config, state = from_openai(read_openai(BERT))
-    assert config.objective == "masked" and not config.sos_inputs
-    backbone = ImageGPTModel(config).eval()
-    backbone.load_state_dict(
-        {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
-    )
-    tokens, masked = torch.tensor(golden["tokens"]), torch.tensor(golden["masked"])
+def test_converted_masked_model_is_openais(tmp_path):
+    golden = {name: torch.tensor(value) for name, value in np.load(FIXTURES / "openai-bert" / "golden.npz").items()}
+    folder = convert(ConvertArguments(str(BERT), str(tmp_path / "bert")))
+    model, report = ImageGPTForMaskedImageModeling.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()) and not model.config.sos_inputs
+    assert type(AutoModelForMaskedImageModeling.from_pretrained(folder)) is ImageGPTForMaskedImageModeling
     with torch.no_grad():
-        embedded = backbone.wte(tokens) * ~masked[..., None]
-        hidden = backbone(inputs_embeds=embedded).last_hidden_state
-        logits = hidden @ state["lm_head.weight"].T
-        class_logits = hidden.mean(1) @ state["score.weight"].T
-    assert (logits - torch.tensor(golden["gen_logits"])).abs().max() < 1e-4
-    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
-    loss = ((nats * masked).sum(1) / masked.sum(1)).mean()
-    assert abs(loss - float(golden["gen_loss"])) < 1e-5
-    clf_loss = torch.nn.functional.cross_entropy(class_logits, torch.tensor(golden["labels"]))
-    assert abs(clf_loss - float(golden["clf_loss"])) < 1e-5
-    convert(ConvertArguments(str(BERT), str(tmp_path / "bert")))
+        output = model(labels=golden["tokens"], bool_masked_pos=golden["masked"])
+    assert (output.logits - golden["gen_logits"]).abs().max() < 1e-4
+    assert abs(output.loss - golden["gen_loss"]) < 1e-5
+    for weight in (0, 1):  # the joint loss is the plain sum [code run.py]
+        classifier, report = ImageGPTForImageClassification.from_pretrained(
+            folder, generative_loss_weight=weight, output_loading_info=True
+        )
+        assert not any(report.values())
+        with torch.no_grad():
+            output = classifier(golden["tokens"], labels=golden["labels"], bool_masked_pos=golden["masked"])
+        assert abs(output.loss - (golden["clf_loss"] + weight * golden["gen_loss"])) < 1e-5
     with pytest.raises(ValueError, match="trained on masked pixels"):
-        ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "bert")
+        ImageGPTForCausalImageModeling.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("checkpoint", [AR, BERT])

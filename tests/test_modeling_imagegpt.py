@@ -18,7 +18,14 @@ from transformers import (
     GenerationConfig,
 )
 
-from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
+from hf_igpt import (
+    ImageGPTConfig,
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+    ImageGPTForMaskedImageModeling,
+    ImageGPTModel,
+)
+from hf_igpt.modeling_imagegpt import random_mask
 
 
 SOS = 16
@@ -331,9 +338,99 @@ def test_what_transformers_cannot_represent_fails_there_with_a_sentence(kind, tm
             difference = backbone(tokens).last_hidden_state[:, 0] - backbone(changed).last_hidden_state[:, 0]
             assert difference.abs().max() > 1e-6
         assert backbone(tokens).past_key_values is None
-        for of_causal in (ImageGPTForCausalImageModeling, ImageGPTForImageClassification):
-            with pytest.raises(ValueError, match="trained on masked pixels"):
-                of_causal.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="trained on masked pixels"):
+            ImageGPTForCausalImageModeling.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["sos", "raw", "masked"])
+def test_joint_loss(kind, tokens):
+    """L_CLF + weight · L_GEN, each image's generative part the mean over its own pixels; the same under accumulation."""
+    options = {"sos": {"sos_inputs": True}, "raw": {}, "masked": {"objective": "masked"}}[kind]
+    classifier = randomized(
+        ImageGPTForImageClassification(small_config(num_labels=5, generative_loss_weight=0.5, **options))
+    )
+    labels = torch.arange(4)
+    mask = random_mask(tokens.shape, torch.Generator().manual_seed(0))
+    masks = {"bool_masked_pos": mask} if kind == "masked" else {}
+    output = classifier(tokens, labels=labels, **masks)
+    state = {name: w for name, w in classifier.state_dict().items() if not name.startswith("score.")}
+    if kind == "masked":
+        head = ImageGPTForMaskedImageModeling(small_config(**options)).eval()
+        head.load_state_dict(state)
+        expected = head(labels=tokens, **masks).loss
+    else:
+        head = ImageGPTForCausalImageModeling(small_config()).eval()
+        head.load_state_dict(state)
+        expected = head(labels=tokens).loss if kind == "sos" else head(tokens, labels=tokens).loss
+    assert output.generative_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    cross_entropy = torch.nn.functional.cross_entropy(output.logits, labels)
+    assert output.classification_loss.item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+    assert output.loss.item() == pytest.approx((cross_entropy + 0.5 * expected).item(), rel=1e-5)
+    parts = [
+        classifier(
+            tokens[i : i + 1],
+            labels=labels[i : i + 1],
+            num_items_in_batch=torch.tensor(4),
+            **{k: v[i : i + 1] for k, v in masks.items()},
+        ).loss
+        for i in range(4)
+    ]
+    assert sum(parts).item() == pytest.approx(output.loss.item(), rel=1e-5)
+
+
+def test_colour_head_only_where_the_joint_loss_needs_it():
+    assert "lm_head.weight" not in ImageGPTForImageClassification(small_config()).state_dict()
+    assert "lm_head.weight" in ImageGPTForImageClassification(small_config(generative_loss_weight=1)).state_dict()
+
+
+# -- masked objective --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def masked_model():
+    return randomized(ImageGPTForMaskedImageModeling(small_config(objective="masked")))
+
+
+def test_masked_pixels_are_unseen_and_alone_scored(masked_model, tokens):
+    mask = random_mask(tokens.shape, torch.Generator().manual_seed(0))
+    assert mask.any(dim=1).all() and not mask.all()
+    output = masked_model(labels=tokens, bool_masked_pos=mask)
+    other = torch.where(mask, (tokens + 1) % 16, tokens)
+    assert torch.equal(masked_model(other, bool_masked_pos=mask).logits, output.logits)
+    nats = torch.nn.functional.cross_entropy(output.logits.transpose(1, 2), tokens, reduction="none")
+    expected = torch.stack([row[m].mean() for row, m in zip(nats, mask, strict=True)]).mean()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_masked_loss_under_accumulation_and_without_masked_pixels(masked_model, tokens):
+    mask = random_mask(tokens.shape, torch.Generator().manual_seed(0))
+    mask[1] = False
+    whole = masked_model(labels=tokens, bool_masked_pos=mask).loss
+    assert whole.isfinite()
+    pairs = zip(tokens.split(1), mask.split(1), strict=True)
+    parts = [masked_model(labels=t, bool_masked_pos=m, num_items_in_batch=torch.tensor(4 * 64)).loss for t, m in pairs]
+    assert parts[1] == 0 and sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_random_mask_is_seeded_and_of_the_papers_rate():
+    mask = random_mask((100, 1024), torch.Generator().manual_seed(1))
+    assert torch.equal(mask, random_mask((100, 1024), torch.Generator().manual_seed(1)))
+    assert mask.float().mean().item() == pytest.approx(0.15, abs=0.004)  # 3.6 standard deviations
+
+
+def test_masked_models_bad_inputs(masked_model, model, tokens):
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    with pytest.raises(ValueError, match="pass `bool_masked_pos`"):
+        masked_model(labels=tokens)
+    with pytest.raises(ValueError, match="is boolean, of the tokens' shape"):
+        masked_model(labels=tokens, bool_masked_pos=mask[:, :3])
+    with pytest.raises(ValueError, match="this one is causal"):
+        model.transformer(tokens, bool_masked_pos=mask)
+    with pytest.raises(ValueError, match="trained to predict each pixel"):
+        ImageGPTForMaskedImageModeling(small_config())
+    joint = ImageGPTForImageClassification(small_config(objective="masked", generative_loss_weight=1, num_labels=5))
+    with pytest.raises(ValueError, match="scores masked pixels"):
+        joint(tokens, labels=torch.arange(4))
 
 
 # -- generation --------------------------------------------------------------------------------------------------------

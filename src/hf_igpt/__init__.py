@@ -8,16 +8,27 @@
 Shape letters, everywhere: B images, H×W pixels, N = H·W tokens, K colours, D width, L blocks.
 
 Importing the package registers its classes with transformers' Auto classes, in place of transformers' own ImageGPT:
-`AutoConfig`, `AutoModel`, `AutoModelForCausalLM`, `AutoModelForImageClassification`, `AutoImageProcessor` and `pipeline` then
-return these.
+`AutoConfig`, `AutoModel`, `AutoModelForCausalLM`, `AutoModelForMaskedImageModeling`, `AutoModelForImageClassification`,
+`AutoImageProcessor` and `pipeline` then return these.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+)
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from .configuration_imagegpt import ImageGPTConfig
 from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
-from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel
+from .modeling_imagegpt import (
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+    ImageGPTForMaskedImageModeling,
+    ImageGPTModel,
+)
 
 
 __version__ = "0.1.0"
@@ -26,7 +37,7 @@ AutoConfig.register("imagegpt", ImageGPTConfig, exist_ok=True)
 AutoModel.register(ImageGPTConfig, ImageGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(ImageGPTConfig, ImageGPTForCausalImageModeling, exist_ok=True)
 AutoModelForImageClassification.register(ImageGPTConfig, ImageGPTForImageClassification, exist_ok=True)
-__version__ = "0.1.0"
+AutoModelForMaskedImageModeling.register(ImageGPTConfig, ImageGPTForMaskedImageModeling, exist_ok=True)
 
 # Not AutoImageProcessor.register, which would load transformers' own processors first to merge with them.
 IMAGE_PROCESSOR_MAPPING.register(
@@ -37,6 +48,7 @@ __all__ = [
     "ImageGPTConfig",
     "ImageGPTForCausalImageModeling",
     "ImageGPTForImageClassification",
+    "ImageGPTForMaskedImageModeling",
     "ImageGPTImageProcessor",
     "ImageGPTImageProcessorPil",
     "ImageGPTModel",

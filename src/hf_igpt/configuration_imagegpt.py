@@ -34,6 +34,9 @@ class ImageGPTConfig(PreTrainedConfig):
     sos_inputs (`bool`, defaults to `False`):
         Whether a classifier of a causal model is fed [SOS, x_0 … x_{N-2}], as OpenAI's code, or x_0 … x_{N-1}, as
         transformers.
+    generative_loss_weight (`float`, defaults to 0):
+        Weight of the generative loss beside the classification loss, in fine-tuning (paper 2.3: 1). A classifier
+        keeps its colour head where it is positive.
 
     Other fields as transformers' `ImageGPTConfig`. Cross-attention is not supported. Plain transformers would load masked
     models and classifiers with `sos_inputs` and be silently wrong; their saved configuration makes it refuse, by a
@@ -74,6 +77,7 @@ class ImageGPTConfig(PreTrainedConfig):
     initialization: str = "transformers"
     objective: str = "causal"
     sos_inputs: bool = False
+    generative_loss_weight: float | int = 0.0
 
     @classmethod
     def from_preset(
@@ -103,6 +107,14 @@ class ImageGPTConfig(PreTrainedConfig):
         fields.setdefault("bos_token_id", fields["vocab_size"] - 1)
         return cls(**fields)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = fields.get("model_type", cls.model_type)
+        if found != cls.model_type:  # transformers only warns, and makes a random model
+            raise ValueError(f"{pretrained_model_name_or_path} holds a model of type {found}, no Image GPT (imagegpt).")
+        return fields, kwargs
+
     @property
     def sos_token_id(self) -> int:
         """The start-of-sequence token, K: one past the last colour."""
@@ -119,6 +131,8 @@ class ImageGPTConfig(PreTrainedConfig):
             raise ValueError(f'objective is "causal" or "masked"; found {self.objective!r}.')
         if self.sos_inputs and self.objective == "masked":
             raise ValueError("sos_inputs is of causal models: masked ones have no SOS.")
+        if not self.generative_loss_weight >= 0:
+            raise ValueError(f"generative_loss_weight is at least 0; found {self.generative_loss_weight}.")
         if self.objective == "masked":
             self.is_causal = False  # read by transformers' attention masks
         if isinstance(self.reorder_and_upcast_attn, str):

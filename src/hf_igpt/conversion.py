@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from .clusters import load_palette
 from .configuration_imagegpt import ImageGPTConfig
 from .image_processing_imagegpt import ImageGPTImageProcessorPil
-from .modeling_imagegpt import ImageGPTForCausalImageModeling
+from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
 
 
 # OpenAI's name -> ours; in a block also how the array changes: None (as it is), "heads" (H, E, D) -> (D, D).
@@ -166,8 +166,8 @@ def convert(args: ConvertArguments) -> Path:
     image_size = round(config.n_positions**0.5)
     if palette is not None and len(palette) != config.vocab_size - 1:
         raise ValueError(f"{args.palette} has {len(palette)} colours, the model {config.vocab_size - 1}.")
-    architectures = ["ImageGPTForCausalImageModeling"] if config.objective == "causal" else []
-    config.architectures = architectures + (["ImageGPTForImageClassification"] if "score.weight" in state else [])
+    head = ImageGPTForCausalImageModeling if config.objective == "causal" else ImageGPTForMaskedImageModeling
+    config.architectures = [head.__name__] + (["ImageGPTForImageClassification"] if "score.weight" in state else [])
     config.save_pretrained(folder)
     save_file(
         {name: weight.contiguous() for name, weight in state.items()}, folder / "model.safetensors", {"format": "pt"}

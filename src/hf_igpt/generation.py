@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from . import data, plots
 from .evaluation import read_records
-from .modeling_imagegpt import check_tokens
+from .modeling_imagegpt import ImageGPTForCausalImageModeling, check_tokens
 
 
 def sample(
@@ -196,7 +196,7 @@ def draw(args: SampleArguments, data_args) -> list[Path]:
     """Write `samples.png` and `completions.png` as the arguments ask; returns their paths."""
     if args.rows is not None and not (args.images or args.num_held_out):
         raise ValueError("--rows is of images to complete: give them with --images or --num_held_out.")
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+    model = ImageGPTForCausalImageModeling.from_pretrained(args.model_name_or_path)
     processor = data.InstalledProcessor.from_pretrained(args.model_name_or_path)
     _check_fit(model, processor)
     model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

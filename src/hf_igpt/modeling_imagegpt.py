@@ -1,4 +1,5 @@
-"""The Image GPT transformer: `ImageGPTModel`, `ImageGPTForCausalImageModeling`, `ImageGPTForImageClassification`.
+"""The Image GPT transformer: `ImageGPTModel`, and with heads `ImageGPTForCausalImageModeling`,
+`ImageGPTForMaskedImageModeling` and `ImageGPTForImageClassification`.
 
 Follows OpenAI's code (src/model.py): pre-norm blocks of attention and MLP around a residual stream, norms without mean
 subtraction, untied token matrices. Names, shapes and layouts of the weights are those of transformers' ImageGPT.
@@ -7,6 +8,7 @@ Shape letters: B images, N pixels = tokens of an image, K colours, D width.
 
 import copy
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    MaskedLMOutput,
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -28,7 +31,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_imagegpt import ImageGPTConfig
-from .presets import INIT_EMBEDDING_STD, INIT_MLP_STD, INIT_POSITION_STD
+from .presets import INIT_EMBEDDING_STD, INIT_MLP_STD, INIT_POSITION_STD, MASK_PROBABILITY
 
 
 logger = logging.get_logger(__name__)
@@ -224,10 +227,12 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Plain forward, nothing shifted: `input_ids` (B, T) of tokens 0..K, or `inputs_embeds` (B, T, D) instead.
 
+        bool_masked_pos: (B, T), of masked models: True where a pixel's embedding is zeroed, its position kept [code bert].
         `hidden_states` (with `output_hidden_states=True`) are the input of each block, and last the output of `ln_f`.
         A token out of range, or more tokens than n_positions, is a ValueError.
         """
@@ -249,6 +254,9 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         if inputs_embeds is None:
             check_tokens(input_ids, self.config.vocab_size, "input_ids", self.config)
             inputs_embeds = self.wte(input_ids)
+        if bool_masked_pos is not None:
+            self._check_mask(bool_masked_pos, inputs.shape[:2])
+            inputs_embeds = inputs_embeds * ~bool_masked_pos[..., None]
         if position_ids is None:
             position_ids = (torch.arange(inputs.shape[1], device=inputs.device) + seen).unsqueeze(0)
         hidden = inputs_embeds + self.wpe(position_ids)
@@ -266,6 +274,15 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.ln_f(hidden), past_key_values=past_key_values if use_cache else None
         )
+
+    def _check_mask(self, bool_masked_pos, shape):
+        if self.config.objective != "masked":
+            raise ValueError("`bool_masked_pos` is of masked models; this one is causal.")
+        if bool_masked_pos.dtype != torch.bool or bool_masked_pos.shape != shape:
+            raise ValueError(
+                f"`bool_masked_pos` is boolean, of the tokens' shape {tuple(shape)}; found {bool_masked_pos.dtype} of "
+                f"shape {tuple(bool_masked_pos.shape)}."
+            )
 
     def _check_length(self, shape, seen, position_ids):
         if len(shape) < 2 or (len(shape) == 2 and shape[1] == 0):
@@ -305,6 +322,11 @@ def shift_right(tokens: torch.LongTensor, sos_token_id: int) -> torch.LongTensor
     return nn.functional.pad(tokens[:, :-1], (1, 0), value=sos_token_id)
 
 
+def random_mask(shape, generator: torch.Generator | None = None, probability: float = MASK_PROBABILITY):
+    """Boolean mask of `shape` (B, N), True with `probability`, each pixel drawn by itself [V2 2.1, code bert]."""
+    return torch.rand(shape, generator=generator) < probability
+
+
 class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
     """Autoregressive image model: at position i, logits over the K colours of pixel i given SOS and the pixels before.
 
@@ -318,10 +340,9 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ImageGPTConfig):
         super().__init__(config)
-        _check_objective(self, config)
+        _check_objective(self, config, "causal")
         self.transformer = ImageGPTModel(config)
-        lm_head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False)
-        self.lm_head = initialized(lm_head, _std(config, 0.0))  # zero logits [V2 3.3]
+        self.lm_head = _color_head(config)
         if config.bos_token_id is not None:
             # The paper's sampling [code run.py sample], for plain transformers too, whose default is top_k = 50.
             self.generation_config = GenerationConfig(
@@ -450,23 +471,99 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
 
+class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
+    """BERT-style image model: logits over the K colours of every pixel, given all pixels that are not masked.
+
+    `model(labels=tokens, bool_masked_pos=mask)` is the training call. `loss` is the mean over images of the mean over
+    each image's masked pixels, in nats per pixel [code bert]; an image without a masked pixel counts as 0. The weights
+    are of the masked objective (`config.objective`): bidirectional attention, no SOS, no shift.
+    """
+
+    # A converted checkpoint holds both heads.
+    _keys_to_ignore_on_load_unexpected = [*ImageGPTPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^score\."]
+
+    def __init__(self, config: ImageGPTConfig):
+        super().__init__(config)
+        _check_objective(self, config, "masked")
+        self.transformer = ImageGPTModel(config)
+        self.lm_head = _color_head(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Returns `logits` (B, N, K) and, given labels, `loss` in nats per masked pixel.
+
+        bool_masked_pos: (B, N), True where a pixel is hidden and scored; `random_mask` draws one. labels: (B, N) colours
+        in 0..K-1, also the inputs where none are given. num_items_in_batch: `Trainer`'s count of labels, N an image, over
+        accumulated steps and processes; the loss is then the sum of the images' means over that many images.
+        """
+        if labels is not None:
+            check_tokens(labels, self.config.vocab_size - 1, "labels", self.config)
+            labels = labels.long()
+            if bool_masked_pos is None:
+                raise ValueError(
+                    "`labels` are scored where pixels are masked: pass `bool_masked_pos` (see `random_mask`)."
+                )
+            if input_ids is None and inputs_embeds is None:
+                input_ids = labels
+        outputs = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            bool_masked_pos=bool_masked_pos,
+            use_cache=False,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)  # (B, N, K)
+        loss = None
+        if labels is not None:
+            n_images = None if num_items_in_batch is None else num_items_in_batch / labels.shape[1]
+            loss = _mean(_masked_nats(logits, labels, bool_masked_pos), n_images)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@dataclass
+class ImageGPTClassifierOutput(SequenceClassifierOutputWithPast):
+    """A classifier's output; where it has a joint loss, also `loss`'s parts: nats per image, nats per pixel."""
+
+    classification_loss: torch.FloatTensor | None = None
+    generative_loss: torch.FloatTensor | None = None
+
+
 class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
     """Classes from the mean over positions of `ln_f`'s output, by a linear layer without bias [code src/model.py clf].
 
     `input_ids` are the N pixels of each image. With `config.sos_inputs` they are shifted, as in training and as OpenAI's
-    code does; without, they are fed as they are, as transformers does.
+    code does; without, they are fed as they are, as transformers does. Masked models are fed them as they are, masked
+    where `bool_masked_pos` says so. With `config.generative_loss_weight` > 0 the model keeps its colour head, and `loss`
+    is L_CLF + weight · L_GEN [V2 2.3].
     """
 
-    # A converted checkpoint holds both heads.
+    # A pretrained or converted checkpoint holds both heads.
     _keys_to_ignore_on_load_unexpected = [*ImageGPTPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
 
     def __init__(self, config: ImageGPTConfig):
         super().__init__(config)
-        _check_objective(self, config)
         self.num_labels = config.num_labels
         self.transformer = ImageGPTModel(config)
         score = nn.Linear(config.n_embd, config.num_labels, bias=False)
         self.score = initialized(score, _std(config, 0.0))  # zero logits [V2 3.3]
+        self.lm_head = _color_head(config) if config.generative_loss_weight else None
         self.post_init()
 
     @can_return_tuple
@@ -480,19 +577,29 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> ImageGPTClassifierOutput:
         """Returns `logits` (B, classes) and, given labels (B,), `loss`: mean cross-entropy in nats.
 
         num_items_in_batch: what the summed loss is divided by instead, `Trainer`'s count over accumulated steps and
-        processes. Regression and multi-label problems (`config.problem_type`) have transformers' losses.
+        processes. Regression and multi-label problems (`config.problem_type`) have transformers' losses. Where the loss is
+        joint, each image's generative part is the mean over its pixels: all N of a causal model fed SOS, all but the
+        first of one fed raw pixels, the masked ones of a masked model.
         """
-        if self.config.sos_inputs:
+        joint = labels is not None and self.lm_head is not None
+        if joint and input_ids is None:
+            raise ValueError("The joint loss scores tokens: pass `input_ids`.")
+        if joint and self.config.objective == "masked" and bool_masked_pos is None:
+            raise ValueError("The joint loss of a masked model scores masked pixels: pass `bool_masked_pos`.")
+        pixels = input_ids
+        if self.config.sos_inputs or joint:
             if input_ids is None:
                 raise ValueError("A classifier with `sos_inputs` shifts tokens: pass `input_ids`.")
             check_tokens(input_ids, self.config.vocab_size - 1, "input_ids", self.config)
-            input_ids = shift_right(input_ids, self.config.sos_token_id)
+        if self.config.sos_inputs:
+            input_ids = shift_right(pixels, self.config.sos_token_id)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -501,26 +608,46 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            bool_masked_pos=bool_masked_pos,
             **kwargs,
         )
-        logits = self.score(outputs.last_hidden_state.mean(dim=1))  # (B, classes)
-        loss = None
+        hidden = outputs.last_hidden_state
+        logits = self.score(hidden.mean(dim=1))  # (B, classes)
+        loss = classification_loss = generative_loss = None
         if labels is not None:
-            integers = not labels.is_floating_point() and labels.ndim == 1 and self.num_labels > 1
-            if integers and self.config.problem_type in (None, "single_label_classification"):
-                self._check_labels(labels)
-                loss = _cross_entropy(logits, labels.long(), num_items_in_batch)
-            else:
-                loss = self.loss_function(labels, logits, self.config)
-                if num_items_in_batch is not None:  # Trainer counts all elements of all labels
-                    loss = loss * labels.numel() / num_items_in_batch
-        return SequenceClassifierOutputWithPast(
+            loss = self._classification_loss(logits, labels, num_items_in_batch)
+        if joint:
+            classification_loss = loss
+            nats = self._generative_nats(self.lm_head(hidden), pixels.long(), bool_masked_pos)  # (B,)
+            n_images = None if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
+            generative_loss = _mean(nats, n_images)
+            loss = classification_loss + self.config.generative_loss_weight * generative_loss
+        return ImageGPTClassifierOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            classification_loss=classification_loss,
+            generative_loss=generative_loss,
         )
+
+    def _classification_loss(self, logits, labels, num_items_in_batch):
+        integers = not labels.is_floating_point() and labels.ndim == 1 and self.num_labels > 1
+        if integers and self.config.problem_type in (None, "single_label_classification"):
+            self._check_labels(labels)
+            return _cross_entropy(logits, labels.long(), num_items_in_batch)
+        loss = self.loss_function(labels, logits, self.config)
+        if num_items_in_batch is not None:  # Trainer counts all elements of all labels
+            loss = loss * labels.numel() / num_items_in_batch
+        return loss
+
+    def _generative_nats(self, logits, pixels, bool_masked_pos):
+        if self.config.objective == "masked":
+            return _masked_nats(logits, pixels, bool_masked_pos)
+        if not self.config.sos_inputs:  # position i was fed pixel i: it predicts the next
+            logits, pixels = logits[:, :-1], pixels[:, 1:]
+        return _pixel_nats(logits, pixels).mean(dim=1)
 
     def _check_labels(self, labels):
         if torch.compiler.is_compiling() or labels.is_meta or labels.numel() == 0:
@@ -533,12 +660,37 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             )
 
 
-def _check_objective(model, config: ImageGPTConfig):
-    if config.objective == "masked":
+def _color_head(config: ImageGPTConfig) -> nn.Linear:
+    head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False)
+    return initialized(head, _std(config, 0.0))  # zero logits [V2 3.3]
+
+
+def _check_objective(model, config: ImageGPTConfig, objective: str):
+    if config.objective != objective:
+        trained = {
+            "masked": "trained on masked pixels, seeing all others",
+            "causal": "trained to predict each pixel from those before it",
+        }
         raise ValueError(
-            f"{type(model).__name__} is causal; these weights were trained on masked pixels, seeing all others "
-            '(objective = "masked").'
+            f"{type(model).__name__} is {objective}; these weights were {trained[config.objective]} "
+            f'(objective = "{config.objective}").'
         )
+
+
+def _pixel_nats(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """−log p of each pixel: (B, N, K) logits, (B, N) tokens -> (B, N)."""
+    return nn.functional.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
+
+
+def _masked_nats(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.BoolTensor) -> torch.Tensor:
+    """Mean −log p of each image's masked pixels, 0 where there are none: (B,)."""
+    return (_pixel_nats(logits, tokens) * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def _mean(values: torch.Tensor, count=None) -> torch.Tensor:
+    """Mean of (B,) `values`, or their sum over `count`."""
+    count = len(values) if count is None else count
+    return values.sum() / (count.to(values.device) if torch.is_tensor(count) else count)
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
@@ -555,6 +707,7 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batc
 __all__ = [
     "ImageGPTForCausalImageModeling",
     "ImageGPTForImageClassification",
+    "ImageGPTForMaskedImageModeling",
     "ImageGPTModel",
     "ImageGPTPreTrainedModel",
 ]
