@@ -80,8 +80,3 @@ def test_image_classification_pipeline(saved_classifier):
     for one, other in zip(singly, batched, strict=True):
         assert [entry["label"] for entry in one] == [entry["label"] for entry in other]
         assert [e["score"] for e in one] == pytest.approx([e["score"] for e in other], abs=1e-5)
-
-
-def test_image_feature_extraction_pipeline(saved_classifier):
-    extract = pipeline("image-feature-extraction", str(saved_classifier))
-    assert np.shape(extract(Image.new("RGB", (20, 30), "red"))) == (1, 64, 32)

@@ -20,8 +20,10 @@ from transformers import (
     AutoModelForMaskedImageModeling,
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_imagegpt import ImageGPTConfig
+from .features import ImageGPTFeatureExtractionPipeline
 from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
 from .modeling_imagegpt import (
     ImageGPTForCausalImageModeling,
@@ -29,6 +31,7 @@ from .modeling_imagegpt import (
     ImageGPTForMaskedImageModeling,
     ImageGPTModel,
 )
+from .pipelines import ImageCompletionPipeline
 
 
 __version__ = "0.1.0"
@@ -43,8 +46,14 @@ AutoModelForMaskedImageModeling.register(ImageGPTConfig, ImageGPTForMaskedImageM
 IMAGE_PROCESSOR_MAPPING.register(
     ImageGPTConfig, {"pil": ImageGPTImageProcessorPil, "torchvision": ImageGPTImageProcessor}, exist_ok=True
 )
+PIPELINE_REGISTRY.register_pipeline(
+    "image-completion", pipeline_class=ImageCompletionPipeline, pt_model=AutoModelForCausalLM, type="image"
+)
+# A subclass of transformers' own, for two more options; `register_pipeline` would warn.
+PIPELINE_REGISTRY.supported_tasks["image-feature-extraction"]["impl"] = ImageGPTFeatureExtractionPipeline
 
 __all__ = [
+    "ImageCompletionPipeline",
     "ImageGPTConfig",
     "ImageGPTForCausalImageModeling",
     "ImageGPTForImageClassification",

@@ -1,0 +1,85 @@
+"""`pipeline("image-completion")`."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomized, small_config
+from PIL import Image
+from transformers import pipeline
+
+from hf_igpt import ImageGPTForCausalImageModeling, ImageGPTImageProcessorPil
+from hf_igpt.generation import complete
+from hf_igpt.pipelines import ImageCompletionPipeline
+
+
+@pytest.fixture
+def processor(palette):
+    return ImageGPTImageProcessorPil(clusters=palette[:16], size=8)
+
+
+@pytest.fixture
+def folder(model, processor, tmp_path):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def photo(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+
+
+def upper(image, rows):
+    return np.asarray(image)[:rows]
+
+
+def test_completions_keep_the_rows_given(folder, processor):
+    completer = pipeline("image-completion", folder)
+    assert type(completer) is ImageCompletionPipeline
+    image = photo(0)
+    (seen,) = processor.decode(processor(image)["input_ids"])
+    for rows in (0, 3, 8):
+        pictures = completer(image, rows=rows, num_completions=2, seed=0)
+        assert len(pictures) == 2 and all(picture.size == (8, 8) for picture in pictures)
+        assert all(np.array_equal(upper(picture, rows), upper(seen, rows)) for picture in pictures)
+    assert np.array_equal(upper(completer(image)[0], 4), upper(seen, 4))  # half by default
+    pictures = completer(image, seed=1, num_completions=2)
+    assert not np.array_equal(*map(np.asarray, pictures))
+
+
+def test_a_seed_repeats_and_is_that_of_complete(folder, model, processor):
+    completer = pipeline("image-completion", folder)
+    before = torch.get_rng_state()
+    one = completer(photo(0), rows=2, num_completions=3, seed=7)
+    assert torch.equal(before, torch.get_rng_state())
+    (other,) = complete(model, processor, photo(0), rows=2, num_completions=3, seed=7)
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_batches_files_and_options(folder, tmp_path):
+    completer = pipeline("image-completion", folder, num_completions=2)
+    photo(0).save(tmp_path / "a.png")
+    answers = completer([str(tmp_path / "a.png"), photo(1), photo(2)], batch_size=2, top_k=1)
+    assert [len(pictures) for pictures in answers] == [2, 2, 2]
+    for pictures, source in zip(
+        answers, range(3), strict=True
+    ):  # greedy: the two are one, and batching changes nothing
+        assert np.array_equal(*map(np.asarray, pictures))
+        assert np.array_equal(pictures[0], completer(photo(source), top_k=1)[0])
+
+
+def test_refusals(folder, model, palette):
+    completer = pipeline("image-completion", folder)
+    with pytest.raises(ValueError, match="between 0 and the image's height, 8"):
+        completer(photo(0), rows=9)
+    with pytest.raises(ValueError, match="at least 1"):
+        completer(photo(0), num_completions=0)
+    for processor in (ImageGPTImageProcessorPil(clusters=palette[:9], size=8), ImageGPTImageProcessorPil(size=8)):
+        with pytest.raises(ValueError, match="use the processor it was trained with"):
+            pipeline("image-completion", model=model, image_processor=processor)
+
+
+def test_checkpoints_of_transformers(palette, tmp_path):
+    config = small_config(use_bias=True, bos_token_id=None)
+    randomized(ImageGPTForCausalImageModeling(config)).save_pretrained(tmp_path)
+    ImageGPTImageProcessorPil(clusters=palette[:16], size=8).save_pretrained(tmp_path)
+    assert len(pipeline("image-completion", str(tmp_path))(photo(0))) == 1
