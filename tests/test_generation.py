@@ -93,5 +93,5 @@ def test_foreign_processor(model, palette):
     for processor in (ImageGPTImageProcessorPil(clusters=palette, size=8), ImageGPTImageProcessorPil(size=8)):
         with pytest.raises(ValueError, match="use the processor the model was trained with"):
             sample(model, processor, 1)
-    with pytest.raises(ValueError, match="64 pixels of 16 colours"):
+    with pytest.raises(ValueError, match="64 pixels and 16 colours"):
         complete(model, ImageGPTImageProcessorPil(clusters=palette[:16], size=4), images(1))

@@ -74,7 +74,7 @@ def test_refusals(folder, model, palette):
     with pytest.raises(ValueError, match="at least 1"):
         completer(photo(0), num_completions=0)
     for processor in (ImageGPTImageProcessorPil(clusters=palette[:9], size=8), ImageGPTImageProcessorPil(size=8)):
-        with pytest.raises(ValueError, match="use the processor it was trained with"):
+        with pytest.raises(ValueError, match="use the processor the model was trained with"):
             pipeline("image-completion", model=model, image_processor=processor)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_igpt.presets import ADAM_BETAS, PUBLISHED_NATS_PER_PIXEL, SIZES
+from hf_igpt.presets import ADAM_BETAS, PUBLISHED, SIZES
 
 
 @pytest.mark.parametrize(
@@ -32,4 +32,10 @@ def test_recipe():
     assert {SIZES[size].batch_size for size in "sml"} == {128} and SIZES["xl"].batch_size == 64
     assert {SIZES[size].max_steps for size in "sml"} == {1_000_000} and SIZES["xl"].max_steps == 2_000_000
     assert all((size.max_steps is None) != (size.num_epochs is None) for size in SIZES.values())
-    assert PUBLISHED_NATS_PER_PIXEL == {"s": 2.0895, "m": 2.0614, "l": 2.0466}
+
+
+def test_published_figures():
+    nats = {figure.size: figure.value for figure in PUBLISHED if figure.task == "generation"}
+    assert nats == {"s": 2.0895, "m": 2.0614, "l": 2.0466}
+    probes = {(figure.size, figure.data): figure.value for figure in PUBLISHED if figure.task == "linear probe"}
+    assert probes["l", "CIFAR-10"] == 0.963 and probes["m", "ILSVRC-2012"] == 0.545

@@ -121,6 +121,9 @@ class ImageGPTConfig(PreTrainedConfig):
         return self.vocab_size - 1
 
     def __post_init__(self, **kwargs):
+        if __package__ == "hf_igpt":
+            # Of a published repository, whose own code it names. Here the package's pipelines are registered.
+            kwargs.pop("custom_pipelines", None)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) is no multiple of n_head ({self.n_head}).")
         if self.vocab_size < 2:

@@ -4,6 +4,7 @@ The released checkpoints (`model.ckpt-1000000` and its shards) hold the variable
 beside Adam's slots. H heads, E = D / H their width.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from .clusters import load_palette
 from .configuration_imagegpt import ImageGPTConfig
+from .evaluation import RUN
 from .image_processing_imagegpt import ImageGPTImageProcessorPil
 from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
 
@@ -177,6 +179,8 @@ def convert(args: ConvertArguments) -> Path:
             ImageGPTForCausalImageModeling(config).generation_config.save_pretrained(folder)
     if palette is not None:
         ImageGPTImageProcessorPil(clusters=palette, size=image_size, do_center_crop=True).save_pretrained(folder)
+    recipe = {"objective": config.objective, "converted from": Path(args.checkpoint).name}
+    (folder / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")
     n_parameters = sum(weight.numel() for name, weight in state.items() if not name.endswith(".bias"))
     print(
         f"Wrote {n_parameters:,} parameters ({config.objective}, {config.n_layer} layers x {config.n_embd}) to {folder}"

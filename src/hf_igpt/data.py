@@ -112,9 +112,13 @@ class DataArguments:
         if self.is_embedded:
             return "scikit-learn digits"
         if self.dataset_name is not None:
-            return Path(self.dataset_name).name if Path(self.dataset_name).exists() else self.dataset_name
+            return self.hub_dataset() or Path(self.dataset_name).name
         path = Path(self.train_dir)
         return path.parent.name if "*" in path.name else path.stem
+
+    def hub_dataset(self) -> str | None:
+        """The dataset's name on the Hub, if that is where the images are from."""
+        return None if self.dataset_name is None or Path(self.dataset_name).exists() else self.dataset_name
 
 
 # -- images ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import transformers
 from . import __version__
 
 
+RECORDS = "records.json"  # beside a model: what was measured. Written last: a folder that holds it holds a finished run
+RUN = "run.json"  # beside a model: how it was made (`recipe`), and what a resumed run must have in common (`identity`)
 BITS_PER_NAT = 1 / np.log(2)
 _STRENGTHS = (0.3, 1, 3, 10, 30, 100, 300)  # of smoothing, in counts
 
@@ -22,7 +24,8 @@ class Record:
     """One measured number and all that is needed to know what it is. Lists of them are written as JSON.
 
     metric names its unit's quantity ("nats_per_pixel"); n counts images; data names the images, revision the version of
-    the code; reference is a published figure beside it, with its source, if there is one.
+    the code; reference is the source of a figure that was published, not measured here. A baseline is what a model must
+    beat.
     """
 
     metric: str
@@ -36,6 +39,7 @@ class Record:
     revision: str = field(default=f"hf_igpt {__version__}")
     hardware: str = field(default_factory=lambda: this_machine())
     reference: str | None = None
+    baseline: bool = False
 
 
 def this_machine() -> str:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from . import data, plots
-from .evaluation import read_records
+from .evaluation import RECORDS, read_records
 from .modeling_imagegpt import ImageGPTForCausalImageModeling, check_tokens
 
 
@@ -69,7 +69,7 @@ def complete(
         raise ValueError(f"rows is between 0 and the image's height, {height}; found {rows}.")
     if num_completions < 1:
         raise ValueError(f"num_completions is at least 1; found {num_completions}.")
-    _check_fit(model, processor)
+    processor.check_fits(model.config)
     if tokens is None:
         tokens = processor(images, return_tensors="pt")["input_ids"]
     tokens = torch.as_tensor(tokens).cpu()
@@ -95,17 +95,6 @@ def picture_of_completions(processor, images, completions, rows: int | None = No
     return [[o, h, *c] for o, h, c in zip(originals, halves, completions, strict=True)]
 
 
-def _check_fit(model, processor):
-    height, width = processor.token_grid()
-    n_colors = model.config.vocab_size - 1
-    if height * width != model.config.n_positions or processor.clusters is None or len(processor.clusters) != n_colors:
-        has = "no" if processor.clusters is None else len(processor.clusters)
-        raise ValueError(
-            f"The model draws {model.config.n_positions} pixels of {n_colors} colours; the processor has images of "
-            f"{height}x{width} and {has} colours: use the processor the model was trained with."
-        )
-
-
 class _Progress(StoppingCriteria):
     """Moves a bar by the pixels drawn; never stops."""
 
@@ -120,7 +109,7 @@ class _Progress(StoppingCriteria):
 @torch.no_grad()
 def _continue(model, processor, prompts, seed, temperature, top_k, top_p, batch_size, progress) -> torch.Tensor:
     """Prompts (n, T) of pixels, without SOS -> whole images (n, N), on the CPU."""
-    _check_fit(model, processor)
+    processor.check_fits(model.config)
     if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(
             f"Sampling needs temperature > 0, 0 < top_p <= 1, top_k >= 0; found {temperature}, {top_p}, {top_k}."
@@ -198,7 +187,7 @@ def draw(args: SampleArguments, data_args) -> list[Path]:
         raise ValueError("--rows is of images to complete: give them with --images or --num_held_out.")
     model = ImageGPTForCausalImageModeling.from_pretrained(args.model_name_or_path)
     processor = data.InstalledProcessor.from_pretrained(args.model_name_or_path)
-    _check_fit(model, processor)
+    processor.check_fits(model.config)
     model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     files = [Path(name) for name in args.images]
     files = [file for path in files for file in (data.image_files(path) if path.is_dir() else [path])]
@@ -232,7 +221,7 @@ def draw(args: SampleArguments, data_args) -> list[Path]:
 
 def _held_out_images(args: SampleArguments, data_args) -> list[Image.Image]:
     """Images that the model was not trained on: of the split that its records tell of."""
-    seed, records = args.split_seed, Path(args.model_name_or_path) / "records.json"
+    seed, records = args.split_seed, Path(args.model_name_or_path) / RECORDS
     if records.is_file():
         record = read_records(records)[0]
         seed = record.seed if seed is None else seed

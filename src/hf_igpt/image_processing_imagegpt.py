@@ -234,6 +234,16 @@ class _ColorQuantization:
         height, width = (size, size) if np.ndim(size) == 0 else size
         return int(height), int(width)
 
+    def check_fits(self, config):
+        """ValueError unless this processor makes images of the pixels and colours that a model of `config` was made for."""
+        height, width = self.token_grid()
+        n_colors, has = config.vocab_size - 1, 0 if self.clusters is None else len(self.clusters)
+        if (height * width, has) != (config.n_positions, n_colors):
+            raise ValueError(
+                f"The model reads images of {config.n_positions} pixels and {n_colors} colours; the image processor makes "
+                f"{height}x{width} of {has or 'no'} colours: use the processor the model was trained with."
+            )
+
     def to_dict(self):
         output = super().to_dict()
         if output.get("clusters") is not None:

@@ -21,14 +21,7 @@ class ImageCompletionPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        config, processor = self.model.config, self.image_processor
-        n_colors = 0 if processor.clusters is None else len(processor.clusters)
-        height, width = processor.token_grid()
-        if (height * width, n_colors) != (config.n_positions, config.vocab_size - 1):
-            raise ValueError(
-                f"The model completes images of {config.n_positions} pixels and {config.vocab_size - 1} colours; its image "
-                f"processor makes {height}x{width} of {n_colors}: use the processor it was trained with."
-            )
+        self.image_processor.check_fits(self.model.config)
 
     def _sanitize_parameters(self, rows=None, num_completions=None, seed=None, timeout=None, **generate_kwargs):
         height = self.image_processor.token_grid()[0]

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.image_utils import SizeDict
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import HubStrategy, has_length
+from transformers.utils.hub import PushInProgress
 
-from . import clusters, data, evaluation, generation, plots
+from . import clusters, data, evaluation, generation, hub, plots
 from .configuration_imagegpt import ImageGPTConfig
 from .modeling_imagegpt import ImageGPTForCausalImageModeling
 from .presets import (
@@ -41,10 +43,8 @@ from .presets import (
 )
 
 
-RECORD = "records.json"  # written last: a folder that holds it holds a finished run
 # What a run writes before its first checkpoint, the picture first; and what its end writes before the records.
-_RUN = "run.json"
-_BEGUN = {_RUN, "palette.png", "preprocessor_config.json", "samples", "runs"}
+_BEGUN = {evaluation.RUN, "palette.png", "preprocessor_config.json", "samples", "runs"}
 _ENDED = {"config.json", "generation_config.json", "model.safetensors", "training_args.bin", "training.png"}
 _REPEAT_BUFFER = 1000  # images of a stream that are mixed anew, so that its passes have different orders
 _PALETTE_PIXELS = 1_000_000  # sampled from all images, for a palette
@@ -165,6 +165,11 @@ class PretrainingArguments(TrainingArguments):
         self._warmup_unset = self.warmup_steps is None
         self.warmup_steps = 0 if self._warmup_unset else self.warmup_steps
         super().__post_init__()
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"--hub_strategy {self.hub_strategy.value} would publish training_args.bin, with paths and tokens: use end or "
+                "every_save."
+            )
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor is not supported: the loss is the model's exact likelihood.")
@@ -287,6 +292,39 @@ class PretrainingTrainer(Trainer):
         epochs, steps = divmod(step, math.ceil(len(self.train_dataset) / per_step))
         return epochs * len(self.train_dataset) + steps * per_step
 
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """Push what `scripts/run_publish.py` would push of `output_dir`, not `output_dir` itself. `kwargs` are not used."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            self._finish_current_push()
+            return self._publish(self.args.output_dir, commit_message, token, revision, in_background=not blocking)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self.args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        if self.push_in_progress is None or self.push_in_progress.is_done() or self.args.hub_always_push:
+            self._finish_current_push()
+            message = f"Training in progress, step {self.state.global_step}"
+            shutil.copy(Path(self.args.output_dir) / evaluation.RUN, checkpoint_folder)
+            try:
+                self.push_in_progress = PushInProgress([self._publish(checkpoint_folder, message, in_background=True)])
+            except (OSError, ValueError) as error:  # the next may succeed; the last push is not so lenient
+                _say(self.args, f"Not pushed: {error}")
+
+    def _publish(self, folder, message, token=None, revision=None, in_background=False):
+        return hub.push(
+            folder,
+            self.hub_model_id,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            message=message,
+            in_background=in_background,
+        )
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.clock is None:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -304,6 +342,10 @@ class PretrainingTrainer(Trainer):
 
 def _images_per_step(args: TrainingArguments) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _steps_per_epoch(args: TrainingArguments, train) -> int:
+    return math.ceil(len(train) / _images_per_step(args))
 
 
 def load_processor(name: str, model_args: ModelArguments, data_args: data.DataArguments):
@@ -357,7 +399,7 @@ def check_output_dir(args: PretrainingArguments) -> str | None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file.")
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    if RECORD in names:
+    if evaluation.RECORDS in names:
         raise ValueError(f"{folder} holds a finished run: give another --output_dir, or delete it.")
     complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     last = str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
@@ -409,7 +451,8 @@ def pretrain(
         folder.mkdir(parents=True, exist_ok=True)
         plots.palette_picture(processor.clusters).save(folder / "palette.png")
         processor.save_pretrained(folder)
-        (folder / _RUN).write_text(json.dumps({"identity": identity}))
+        recipe = _recipe(model_args, data_args, args, model, train)
+        (folder / evaluation.RUN).write_text(json.dumps({"identity": identity, "recipe": recipe}, indent=1) + "\n")
 
     clock = None if args.max_minutes is None else _Clock(args.max_minutes, args.device)
     trainer = PretrainingTrainer(
@@ -438,17 +481,44 @@ def pretrain(
     if clock and trainer.state.global_step < trainer.state.max_steps:
         seen, planned = map(trainer.images_seen, (trainer.state.global_step, trainer.state.max_steps))
         _say(args, f"Stopped by --max_minutes {args.max_minutes:g} after {seen:,} of {planned:,} images.")
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed below, with its records
     # Not `evaluate`, whose result would be logged, drawn and sampled as the last step's, where this is the best one's.
     nats = trainer.predict(held_out, metric_key_prefix="final").metrics["final_nats_per_pixel"]
     records = _records(nats, reference, held_out, trainer, data_args, model_args)
     if args.should_save:
         curve_baselines = {name: value for name, value in reference.items() if name != "uniform"}
         plots.training_curve(trainer.state.log_history, curve_baselines).save(folder / "training.png")
-        evaluation.write_records(folder / RECORD, records)
+        evaluation.write_records(folder / evaluation.RECORDS, records)
     _summary(args, records)
+    if args.push_to_hub:
+        trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()  # what the main process writes is there when any returns
     return records
+
+
+def _recipe(model_args, data_args, args, model, train) -> dict:
+    """How a model is trained, for its card: plain values, no path of this machine."""
+    pieces = {"random crops": data_args.random_crop, "random flips": data_args.random_flip}
+    limit = None if args.max_minutes is None else f", {args.max_minutes:g} minutes at most"
+    epochs = "" if args.max_steps > 0 else f" ({args.num_train_epochs:g} epochs)"
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * _steps_per_epoch(args, train))
+    precision = next((name for name, on in (("bfloat16", args.bf16), ("float16", args.fp16)) if on), None)
+    return {
+        "objective": model.config.objective,
+        "size": args.size if not (model_args.model_name_or_path or model_args.config_overrides) else "custom",
+        "data": data_args.name(),
+        "hub dataset": data_args.hub_dataset(),
+        "training images": f"{len(train):,}" if has_length(train) else "a stream",
+        "augmentation": ", ".join(name for name, on in pieces.items() if on) or "none",
+        "palette": "given" if model_args.image_processor_name else "fitted to the training images",
+        "started from": "an earlier checkpoint" if model_args.model_name_or_path else "random weights",
+        "batch": f"{_images_per_step(args)} images",
+        "steps": f"{steps:,}{epochs}{limit or ''}",
+        "optimiser": f"AdamW, betas {args.adam_beta1:g} and {args.adam_beta2:g}, weight decay {args.weight_decay:g}",
+        "learning rate": f"{args.learning_rate:g}, {args.warmup_steps:g} steps of warm-up, then {args.lr_scheduler_type.value}",
+        "precision": f"{precision} autocast" if precision else "float32",
+        "seed": args.seed,
+    }
 
 
 def _identity(model_args, data_args) -> str:
@@ -462,7 +532,7 @@ def _identity(model_args, data_args) -> str:
 
 def _check_same_run(checkpoint: str, config: ImageGPTConfig, args: PretrainingArguments, identity: str):
     """ValueError if the checkpoint is of another model, seed, data or palette: held-out images must stay held out."""
-    run = Path(checkpoint).parent / _RUN
+    run = Path(checkpoint).parent / evaluation.RUN
     if run.is_file() and json.loads(run.read_text())["identity"] != identity:
         raise ValueError(
             f"{checkpoint} was trained with other arguments of data or palette: repeat those, or give another --output_dir."
@@ -528,11 +598,7 @@ def _model(model_args, args, processor):
             changed = {name: getattr(config, name) for name in fields if hasattr(config, name)}
             config = ImageGPTConfig.from_dict(changed)  # checked again as a whole
         model = ImageGPTForCausalImageModeling._from_config(config, **options)
-    if model.config.n_positions != height * width or model.config.vocab_size != len(processor.clusters) + 1:
-        raise ValueError(
-            f"The model is for {model.config.n_positions} pixels of {model.config.vocab_size - 1} colours, the image "
-            f"processor gives {height * width} of {len(processor.clusters)}: they belong to different runs."
-        )
+    processor.check_fits(model.config)
     return model
 
 
@@ -576,7 +642,7 @@ def _set_steps(args, streaming, train, image_size):
         raise ValueError("A stream has no length: give --max_steps.")
     if args.learning_rate is None:
         args.learning_rate = SIZES[args.size].learning_rate_for("causal", image_size)
-    steps_per_epoch = None if streaming else math.ceil(len(train) / _images_per_step(args))
+    steps_per_epoch = None if streaming else _steps_per_epoch(args, train)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     if args._warmup_unset and streaming:
         args.warmup_steps = WARMUP_FRACTION
@@ -617,7 +683,9 @@ def _records(nats, reference, held_out, trainer, data_args, model_args) -> list[
     name += f"{trainer.images_seen(best or state.global_step):,} images seen"
     records = [evaluation.Record(metric="nats_per_pixel", value=nats, model=name, **common)]
     for key, value in reference.items():
-        records.append(evaluation.Record(metric="nats_per_pixel", value=value, model=f"{key} counts", **common))
+        records.append(
+            evaluation.Record(metric="nats_per_pixel", value=value, model=f"{key} counts", baseline=True, **common)
+        )
     return records
 
 
@@ -650,7 +718,7 @@ class ClustersArguments:
 def fit_clusters(args: ClustersArguments, data_args: data.DataArguments) -> list[evaluation.Record]:
     """Fit (or read) a palette, measure its distortion on held-out images, and write it as an image processor."""
     folder = Path(args.output_dir)
-    files = {"preprocessor_config.json", "palette.npy", "palette.png", RECORD}
+    files = {"preprocessor_config.json", "palette.npy", "palette.png", evaluation.RECORDS}
     strange = {entry.name for entry in folder.iterdir()} - files if folder.is_dir() else set()
     if strange:
         raise ValueError(
@@ -680,7 +748,7 @@ def fit_clusters(args: ClustersArguments, data_args: data.DataArguments) -> list
         )
         for metric, value in lost.items()
     ]
-    evaluation.write_records(folder / RECORD, records)
+    evaluation.write_records(folder / evaluation.RECORDS, records)
     _say_distortion(palette, lost, "held-out images")
     print(f"Wrote the image processor, palette.npy, palette.png and records to {folder}")
     flags = {"dataset_name": data_args.dataset_name, "train_dir": data_args.train_dir, "image_processor_name": folder}

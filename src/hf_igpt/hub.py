@@ -1,0 +1,266 @@
+"""A published repository: weights, configuration, processor, code and card; written to a folder, pushed in one commit.
+
+Three ways to load one: plain transformers (its own ImageGPT reads the same files); `trust_remote_code=True` (the modules
+below, from the repository); `import hf_igpt`.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from safetensors import safe_open
+
+from . import cards, data, modeling_imagegpt, plots
+from .configuration_imagegpt import ImageGPTConfig
+from .evaluation import RECORDS, RUN, read_records
+
+
+CODE = (
+    "presets.py",
+    "clusters.py",
+    "image_processing_imagegpt.py",
+    "configuration_imagegpt.py",
+    "modeling_imagegpt.py",
+    "pipelines.py",
+)
+_AUTO_MAP = {
+    "AutoConfig": "configuration_imagegpt.ImageGPTConfig",
+    "AutoModel": "modeling_imagegpt.ImageGPTModel",
+    "AutoModelForCausalLM": "modeling_imagegpt.ImageGPTForCausalImageModeling",
+    "AutoModelForMaskedImageModeling": "modeling_imagegpt.ImageGPTForMaskedImageModeling",
+    "AutoModelForImageClassification": "modeling_imagegpt.ImageGPTForImageClassification",
+}
+# As a dictionary: with a single string, pipelines of transformers ask a question on the terminal.
+_PROCESSOR_AUTO_MAP = {
+    "AutoImageProcessor": {
+        "torchvision": "image_processing_imagegpt.ImageGPTImageProcessor",
+        "pil": "image_processing_imagegpt.ImageGPTImageProcessorPil",
+    }
+}
+_COMPLETION = {
+    "image-completion": {
+        "impl": "pipelines.ImageCompletionPipeline",
+        "pt": ["AutoModelForCausalLM"],
+        "type": "image",
+    }
+}
+_WEIGHTS = "model*.safetensors*"  # one file, or shards and their index
+_CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
+_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py", "*.png", "*.json"]  # of an earlier commit
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+
+
+@dataclass
+class PublishArguments:
+    """What to publish, and where."""
+
+    model: str = field(metadata={"help": "Folder of a trained or converted model, with its image processor."})
+    repo_id: str = field(metadata={"help": "Its name on the Hub: organisation/name."})
+    private: bool = field(default=False, metadata={"help": "Make the repository private."})
+    local_only: str | None = field(
+        default=None, metadata={"help": "Write the repository to this new or empty folder and push nothing."}
+    )
+    license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, by its name on the Hub."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to. Default: main."})
+
+
+def publish(args: PublishArguments) -> str:
+    """Validate a model's folder and push it as a whole repository in one commit, or write it to `local_only`.
+
+    Returns the address, or the folder. What is wrong with the folder is a ValueError before anything is written or sent;
+    an interrupted push leaves the repository as it was.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo_id):
+        raise ValueError(f"--repo_id is organisation/name; found {args.repo_id}.")
+    if args.local_only is not None:
+        target = Path(args.local_only)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ValueError(f"--local_only {target} is not empty: give a new folder.")
+        write_repository(args.model, target, args.repo_id, args.license)
+        where = str(target)
+    else:
+        HfApi().whoami()  # or there is no token: said before any work
+        _check_visibility(args.repo_id, args.private)
+        where = push(args.model, args.repo_id, licence=args.license, private=args.private, revision=args.revision)
+    print(f"{'Wrote' if args.local_only else 'Published'} {where}\n")
+    print(_ways_to_load(ImageGPTConfig.from_pretrained(args.model), args.local_only or args.repo_id))
+    return where
+
+
+def push(
+    model_dir: str | Path,
+    repo_id: str,
+    *,
+    licence: str = "apache-2.0",
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str = "Publish with hf_igpt",
+    in_background: bool = False,
+):
+    """Push the folder of a model as a repository, in one commit; returns its address, or a future with `in_background`."""
+    api = HfApi(token=token)
+    staged = Path(tempfile.mkdtemp(prefix="hf_igpt-"))
+    try:
+        write_repository(model_dir, staged / "repository", repo_id, licence)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=staged / "repository",
+            commit_message=message,
+            revision=revision,
+            delete_patterns=_REPLACED,
+            run_as_future=in_background,
+        )
+    except BaseException:
+        shutil.rmtree(staged)
+        raise
+    if in_background:
+        commit.add_done_callback(lambda _: shutil.rmtree(staged))
+        return commit
+    shutil.rmtree(staged)
+    return str(url)
+
+
+def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, licence: str = "apache-2.0") -> Path:
+    """Write everything that a published repository holds to `folder`, which appears whole or not at all."""
+    model_dir, folder = Path(model_dir), Path(folder)
+    config, processor = check_model(model_dir)
+    run = json.loads((model_dir / RUN).read_text()) if (model_dir / RUN).is_file() else {}
+    records = read_records(model_dir / RECORDS) if (model_dir / RECORDS).is_file() else []
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for file in [*model_dir.glob(_WEIGHTS), *model_dir.glob("generation_config.json"), *model_dir.glob(RECORDS)]:
+            shutil.copy(file, staged)
+        for name in CODE:
+            shutil.copy(Path(__file__).parent / name, staged)
+        config.auto_map = _AUTO_MAP
+        if config.objective == "causal":
+            config.custom_pipelines = _COMPLETION
+        config.save_pretrained(staged)
+        processor.auto_map = _PROCESSOR_AUTO_MAP
+        processor.save_pretrained(staged)
+        plots.palette_picture(processor.clusters).save(staged / "palette.png")
+        pictures = _copy_pictures(model_dir, staged)
+        recipe = run.get("recipe", {})
+        (staged / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")
+        card = cards.render(repo_id, config, processor.token_grid(), recipe, records, pictures, licence)
+        (staged / "README.md").write_text(card)
+        _check_for_secrets(staged, model_dir)
+        if folder.is_dir():
+            folder.rmdir()  # it is empty
+        staged.chmod(0o755)
+        staged.rename(folder)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return folder
+
+
+def check_model(folder: str | Path):
+    """(configuration, image processor) of a folder whose parts belong together; else a ValueError naming the file.
+
+    Each architecture that the configuration names must find all its weights there, and all must be finite.
+    """
+    folder = Path(folder)
+    for name, remedy in (
+        (_CONFIG, "give the folder that run_pretrain.py or run_convert.py wrote"),
+        (_PROCESSOR, "save the image processor that the model was trained with there; run_convert.py takes --palette"),
+    ):
+        if not (folder / name).is_file():
+            raise ValueError(f"There is no {folder / name}: {remedy}.")
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"There are no weights {folder / 'model.safetensors'}: save the model by `save_pretrained`.")
+    config = ImageGPTConfig.from_pretrained(folder)
+    processor = data.InstalledProcessor.from_pretrained(folder)
+    try:
+        processor.check_fits(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / _PROCESSOR}: {error}") from error
+    names = config.architectures or []
+    if not names or any(name not in modeling_imagegpt.__all__ for name in names):
+        raise ValueError(
+            f"{folder / _CONFIG} names the architectures {names}; Image GPT has {modeling_imagegpt.__all__}."
+        )
+    stored = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - it is no dictionary
+                    tensor = weights.get_tensor(name)
+                    if not torch.isfinite(tensor).all():
+                        raise ValueError(f"{file}: {name} is not finite; the training diverged.")
+                    stored[name] = tuple(tensor.shape)
+        except Exception as error:
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"{file} cannot be read; it is damaged or cut short: {error}") from error
+    for name in names:
+        with torch.device("meta"):
+            expected = getattr(modeling_imagegpt, name)(config).state_dict()
+        for key, tensor in expected.items():
+            if stored.get(key) != tuple(tensor.shape):
+                raise ValueError(
+                    f"{folder / _CONFIG} says {name}, whose {key} has shape {tuple(tensor.shape)}; the weights have "
+                    f"{stored.get(key, 'no such tensor')}."
+                )
+    return config, processor
+
+
+def _copy_pictures(source: Path, target: Path) -> dict[str, str]:
+    """Pictures that a run made, by caption: samples, completions, curve."""
+    drawn = sorted((source / "samples").glob("step-*.png"))  # at each evaluation
+    found = {
+        "Images drawn by the model": source / "samples.png"
+        if (source / "samples.png").is_file()
+        else (drawn or [None])[-1],
+        "Images given, their upper halves, completions": source / "completions.png",
+        "Nats per pixel while training": source / "training.png",
+    }
+    names = ("samples.png", "completions.png", "training.png")
+    pictures = {}
+    for (caption, file), name in zip(found.items(), names, strict=True):
+        if file is not None and file.is_file():
+            shutil.copy(file, target / name)
+            pictures[caption] = name
+    return pictures
+
+
+def _check_for_secrets(folder: Path, model_dir: Path):
+    """ValueError if a text to be published holds an access token or a path of this machine."""
+    private = {str(Path.home()), str(Path.cwd()), str(model_dir.resolve())} - {"/"}
+    for file in [*folder.glob("*.md"), *folder.glob("*.json")]:
+        text = file.read_text()
+        if _SECRET.search(text):
+            raise ValueError(f"{file.name} would hold an access token (hf_…): remove it from the model's folder.")
+        for path in private:
+            if path in text:
+                raise ValueError(f"{file.name} would hold the path {path}: remove it from the model's folder.")
+
+
+def _check_visibility(repo_id: str, private: bool):
+    api = HfApi()
+    if private and api.repo_exists(repo_id) and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or give another --repo_id.")
+
+
+def _ways_to_load(config: ImageGPTConfig, name: str) -> str:
+    auto_class = cards.auto_class(config)
+    plain = config.objective == "causal" and not config.sos_inputs
+    first = f'transformers alone:      AutoModel.from_pretrained("{name}")'
+    return "\n".join(
+        [
+            first if plain else "transformers alone:      refuses, as it would be wrong: one of the two below",
+            f'code in the repository:  {auto_class}.from_pretrained("{name}", trust_remote_code=True)',
+            f'with the package:        import hf_igpt; {auto_class}.from_pretrained("{name}")',
+        ]
+    )
