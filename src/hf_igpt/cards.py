@@ -46,7 +46,8 @@ backbone = AutoModel.from_pretrained("{{ repo_id }}")
 ```
 
 That runs transformers' own Image GPT on these weights: the same outputs, but without likelihoods of whole images and
-without a correct static cache. For those, this repository's own code:
+without a correct static cache{% if crops %}; photos that are not square it squashes, where the model was made for central squares: crop
+them yourself{% endif %}. Without these limits, this repository's own code:
 {%- else -%}
 {{ needs }} Or use the code in this repository:
 {%- endif %}
@@ -117,6 +118,7 @@ def render(
     repo_id: str,
     config: ImageGPTConfig,
     grid: tuple[int, int],
+    crops: bool,
     recipe: dict,
     records: list[Record],
     pictures: dict[str, str],
@@ -125,7 +127,7 @@ def render(
 ) -> str:
     """The card as Markdown with metadata.
 
-    grid: (height, width) of the images. recipe: what `run.json` says of how the model was made. records: what was
+    grid: (height, width) of the images; crops: whether they are central squares of what is given. recipe: what `run.json` says of how the model was made. records: what was
     measured; figures of OpenAI's are added where the weights are theirs. pictures: caption -> file, in `folder`.
     """
     name = repo_id.split("/")[-1]
@@ -154,6 +156,7 @@ def render(
         shown=pictures,
         folder=folder,
         plain=config.objective == "causal" and not config.sos_inputs,
+        crops=crops,
         needs=NEEDS_HF_IGPT,
         causal=causal,
         classes=classes,

@@ -1,5 +1,14 @@
 """`ImageGPTConfig`: transformers' fields and defaults, the paper's presets, and the few keys that are ours."""
 
+import transformers
+from packaging.version import Version
+
+
+if Version(transformers.__version__) < Version("5.17"):  # before imports that older versions cannot serve
+    raise ImportError(
+        f"This Image GPT's code needs transformers >= 5.17; found {transformers.__version__}: pip install -U transformers"
+    )
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -131,7 +140,9 @@ class ImageGPTConfig(PreTrainedConfig):
         if self.initialization not in ("transformers", "openai"):
             raise ValueError(f'initialization is "transformers" or "openai"; found {self.initialization!r}.')
         if self.objective not in ("causal", "masked"):
-            raise ValueError(f'objective is "causal" or "masked"; found {self.objective!r}.')
+            raise ValueError(
+                f'objective is "causal" or "masked"; found {self.objective!r}. A newer hf_igpt may know it: pip install -U hf_igpt'
+            )
         if self.sos_inputs and self.objective == "masked":
             raise ValueError("sos_inputs is of causal models: masked ones have no SOS.")
         if not self.generative_loss_weight >= 0:

@@ -152,7 +152,8 @@ def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, li
         pictures = _copy_pictures(model_dir, staged)
         recipe = run.get("recipe", {})
         (staged / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")
-        card = cards.render(repo_id, config, processor.token_grid(), recipe, records, pictures, licence)
+        grid, crops = processor.token_grid(), bool(processor.do_center_crop)
+        card = cards.render(repo_id, config, grid, crops, recipe, records, pictures, licence)
         (staged / "README.md").write_text(card)
         _check_for_secrets(staged, model_dir)
         if folder.is_dir():
