@@ -4,7 +4,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_imagegpt import NEEDS_HF_IGPT, ImageGPTConfig
 from .evaluation import Record, markdown_table
-from .presets import PUBLISHED, SIZES
+from .presets import ADAM_BETAS, IMAGE_SIZE, PUBLISHED, SIZES, WEIGHT_DECAY
 
 
 _METRICS = {"nats_per_pixel": "nats per pixel", "accuracy": "accuracy"}  # those that model-index shows
@@ -79,9 +79,10 @@ It sees {{ height }}x{{ width }} pixels in {{ n_colors }} colours: detail beyond
 
 ## Data and palette
 
-{{ data }} Every pixel becomes the nearest of {{ n_colors }} colours:
+{{ data }} Every pixel becomes the nearest of {{ n_colors }} colours{% if palette_picture %}:
 
 ![The palette, and a rainbow drawn with it]({{ folder }}palette.png)
+{%- else %}.{% endif %}
 
 ## How it was made
 
@@ -95,7 +96,7 @@ It sees {{ height }}x{{ width }} pixels in {{ n_colors }} colours: detail beyond
 {{ table }}
 
 Nats per pixel are means of -log p over all pixels, base e, of colour tokens: not comparable with bits per dimension of models
-of raw pixels. "Counts" are models that only count, on the same tokens.
+of raw pixels.{% if counts %} "Counts" are models that only count, on the same tokens.{% endif %}
 {% else %}
 Nothing was measured.
 {% endif %}
@@ -124,11 +125,13 @@ def render(
     pictures: dict[str, str],
     licence: str = "apache-2.0",
     folder: str = "",
+    palette_picture: bool = True,
 ) -> str:
     """The card as Markdown with metadata.
 
     grid: (height, width) of the images; crops: whether they are central squares of what is given. recipe: what `run.json` says of how the model was made. records: what was
-    measured; figures of OpenAI's are added where the weights are theirs. pictures: caption -> file, in `folder`.
+    measured; figures of OpenAI's are added where the weights are theirs. pictures: caption -> file, in `folder`, where
+    `palette.png` is too unless `palette_picture` is False.
     """
     name = repo_id.split("/")[-1]
     openai = _openai_size(config, recipe)
@@ -145,7 +148,7 @@ def render(
         model_name=name,
         eval_results=[_result(record, task) for record in records if record.metric in _METRICS and not record.baseline],
     )
-    facts = {key: value for key, value in recipe.items() if value is not None}
+    facts = {key: value for key, value in (recipe | _recipe_of_openai(openai)).items() if value is not None}
     facts["shape"] = f"{config.n_layer} blocks of width {config.n_embd}, {config.n_head} heads"
     return ModelCard.from_template(
         metadata,
@@ -155,6 +158,7 @@ def render(
         summary=_summary(config, grid, openai),
         shown=pictures,
         folder=folder,
+        palette_picture=palette_picture,
         plain=config.objective == "causal" and not config.sos_inputs,
         crops=crops,
         needs=NEEDS_HF_IGPT,
@@ -166,6 +170,7 @@ def render(
         n_colors=config.vocab_size - 1,
         data=_data(recipe, openai),
         facts=facts,
+        counts=any(record.baseline for record in records),
         table=markdown_table(records) if records else "",
         licence=f"[OpenAI's modified MIT licence]({_OPENAI['license_link']})." if openai else f"{licence}.",
     ).content
@@ -186,11 +191,25 @@ def _openai_size(config: ImageGPTConfig, recipe: dict) -> str | None:
     return sizes[0] if published else None
 
 
+def _recipe_of_openai(size: str | None) -> dict:
+    if size is None:
+        return {}
+    preset = SIZES[size]
+    return {
+        "batch": f"{preset.batch_size} images (paper A.1)",
+        "steps": f"{preset.max_steps:,} (paper A.1)",
+        "optimiser": f"Adam, betas {ADAM_BETAS[0]} and {ADAM_BETAS[1]}, weight decay {WEIGHT_DECAY:g} (paper A.1)",
+        "learning rate": f"{preset.learning_rate_for('causal', IMAGE_SIZE):g}, one epoch of warm-up, then cosine (paper, Table 5)",
+        "augmentation": "random crops (paper 3.1)",
+        "precision": "float32 (paper 3.4)",
+    }
+
+
 def _published(figure) -> Record:
     return Record(
         metric="nats_per_pixel" if figure.task == "generation" else "accuracy",
         value=figure.value,
-        unit="nats/pixel" if figure.task == "generation" else "accuracy",
+        unit="nats/pixel" if figure.task == "generation" else "fraction",
         split="validation" if figure.data == "ILSVRC-2012" else "test",
         n={"ILSVRC-2012": 50_000, "STL-10": 8_000}.get(figure.data, 10_000),
         seed=None,

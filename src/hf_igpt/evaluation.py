@@ -23,7 +23,7 @@ _STRENGTHS = (0.3, 1, 3, 10, 30, 100, 300)  # of smoothing, in counts
 class Record:
     """One measured number and all that is needed to know what it is. Lists of them are written as JSON.
 
-    metric names its unit's quantity ("nats_per_pixel"); n counts images; data names the images, revision the version of
+    metric names its unit's quantity ("nats_per_pixel"; "accuracy", in the unit "fraction"); n counts images; data names the images, revision the version of
     the code; reference is the source of a figure that was published, not measured here. A baseline is what a model must
     beat.
     """
@@ -69,9 +69,8 @@ def markdown_table(records: list[Record]) -> str:
     """Records as a Markdown table: model, data, metric, value."""
     lines = ["| what | data | images | value |", "|---|---|---|---|"]
     for record in records:
-        lines.append(
-            f"| {record.model} | {record.data}, {record.split} | {record.n:,} | {record.value:.4g} {record.unit} |"
-        )
+        value = f"{100 * record.value:.1f} %" if record.unit == "fraction" else f"{record.value:.5g} {record.unit}"
+        lines.append(f"| {record.model} | {record.data}, {record.split} | {record.n:,} | {value} |")
     return "\n".join(lines)
 
 
