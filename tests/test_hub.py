@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomized, small_config
-from loopback_hub import LoopbackHub
+from loopback_hub import File, LoopbackHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
@@ -275,8 +275,12 @@ def test_script_revisions_and_private_repositories(folder, tmp_path):
         weights["lm_head.weight"] += 1
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         (folder / "samples.png").unlink()
+        server.repositories["org/pushed"].commit(
+            "main", "by hand", {**server.repositories["org/pushed"].resolve("main").files, "notes/own.png": File(b"x")}
+        )
         published_by_script(folder, server, tmp_path / "home")
         assert "samples.png" in server.files("org/pushed", first) and "samples.png" not in server.files("org/pushed")
+        assert "notes/own.png" in server.files("org/pushed")
         code = f"""
 import torch, transformers
 load = transformers.ImageGPTForCausalImageModeling.from_pretrained

@@ -9,10 +9,11 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import safe_open
 
 from . import cards, data, modeling_imagegpt, plots
@@ -51,7 +52,9 @@ _COMPLETION = {
 }
 _WEIGHTS = "model*.safetensors*"  # one file, or shards and their index
 _CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
-_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.py", "*.png", "*.json"]  # of an earlier commit
+# What an earlier commit may hold that a new one does not; other files there are their owner's, and stay.
+_PICTURES = ("samples.png", "completions.png", "training.png")
+_REPLACED = (_WEIGHTS, "pytorch_model*", "training_args.bin", "generation_config.json", RECORDS, *_PICTURES, *CODE)
 _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
@@ -111,12 +114,12 @@ def push(
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=staged / "repository",
+        # Not `upload_folder`, which makes several commits where an upload is large or slow.
+        commit = api.create_commit(
+            repo_id,
+            _operations(api.list_repo_files(repo_id, revision=revision), staged / "repository"),
             commit_message=message,
             revision=revision,
-            delete_patterns=_REPLACED,
             run_as_future=in_background,
         )
     except BaseException:
@@ -127,6 +130,14 @@ def push(
         return commit
     shutil.rmtree(staged)
     return str(url)
+
+
+def _operations(old: list[str], folder: Path) -> list:
+    """Adds all files of `folder`; deletes what an earlier commit of ours may have left beside them."""
+    new = {file.name: file for file in folder.iterdir()}
+    stale = [name for name in old if name not in new and any(fnmatch(name, pattern) for pattern in _REPLACED)]
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in sorted(new.items())]
+    return operations + [CommitOperationDelete(path_in_repo=name) for name in stale]
 
 
 def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, licence: str = "apache-2.0") -> Path:
@@ -227,9 +238,8 @@ def _copy_pictures(source: Path, target: Path) -> dict[str, str]:
         "Images given, their upper halves, completions": source / "completions.png",
         "Nats per pixel while training": source / "training.png",
     }
-    names = ("samples.png", "completions.png", "training.png")
     pictures = {}
-    for (caption, file), name in zip(found.items(), names, strict=True):
+    for (caption, file), name in zip(found.items(), _PICTURES, strict=True):
         if file is not None and file.is_file():
             shutil.copy(file, target / name)
             pictures[caption] = name
