@@ -1,6 +1,7 @@
 """Sources, splits, columns, cached tokens, augmentation, unreadable images. All data are made here."""
 
 import io
+import shutil
 
 import datasets
 import numpy as np
@@ -13,9 +14,11 @@ from hf_igpt.clusters import nearest_color
 from hf_igpt.data import (
     DataArguments,
     ImageTokens,
+    collate_classified,
     collate_tokens,
     digits,
     load_images,
+    load_labelled_images,
     random_crop,
     read_image,
     readable,
@@ -28,6 +31,11 @@ from hf_igpt.data import (
 
 def picture(seed, size=(12, 10)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def rows_of(dataset, indices=None, name="input_ids"):
+    """One column of the rows of an `ImageTokens`, stacked."""
+    return np.stack([row[name] for row in dataset.__getitems__(range(len(dataset)) if indices is None else indices)])
 
 
 @pytest.fixture
@@ -214,7 +222,7 @@ def test_kinds_of_image_columns(tmp_path, processor, kind):
     found = token_array(tokenize(split, processor))
     assert len(found) == 5 and {tuple(row) for row in found} <= {tuple(row) for row in expected}
     cropped = ImageTokens(split, processor, random_crop=True)
-    assert cropped[0].shape == (64,)
+    assert cropped[0]["input_ids"].shape == (64,)
 
 
 def test_float_arrays_are_refused(tmp_path, processor):
@@ -235,14 +243,14 @@ def test_sampled_pixels_come_from_all_images(folder):
 
 def test_epochs_flip_anew_and_alike_everywhere(folder, processor):
     tokens = tokenize(load_images(DataArguments(train_dir=str(folder)))["train"], processor)
-    plain = np.stack(ImageTokens(tokens, processor).__getitems__(range(len(tokens))))
+    plain = rows_of(ImageTokens(tokens, processor))
     mirrored = plain.reshape(-1, 8, 8)[:, :, ::-1].reshape(plain.shape)
     flips = []
     for epoch in range(4):
         dataset = ImageTokens(tokens, processor, random_flip=True, seed=3)
         dataset.set_epoch(epoch)
-        rows = np.stack(dataset.__getitems__(range(len(tokens))))
-        assert np.array_equal(rows[7], dataset[7])
+        rows = rows_of(dataset)
+        assert np.array_equal(rows[7], dataset[7]["input_ids"])
         flipped = (rows == mirrored).all(axis=1)
         assert (flipped | (rows == plain).all(axis=1)).all()
         flips.append(flipped)
@@ -268,7 +276,7 @@ def test_random_crops_are_drawn_anew_each_epoch(folder, processor):
     for epoch in (0, 1, 0):
         dataset = ImageTokens(images, processor, random_crop=True, seed=1)
         dataset.set_epoch(epoch)
-        rows.append(np.stack(dataset.__getitems__([0, 5])))
+        rows.append(rows_of(dataset, [0, 5]))
     assert rows[0].shape == (2, 64) and not np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
 
 
@@ -283,6 +291,118 @@ def test_streaming(parquet, processor, palette):
     expected = {tuple(np.sort(processor(picture(i))["input_ids"][0])) for i in range(5, 30)}
     assert {tuple(sorted(row["input_ids"])) for row in rows} == expected
     assert sample_pixels(splits["train"], 100, 8).shape == (100, 3)
+
+
+def test_masks_hide_15_percent_anew_each_epoch(folder, parquet, processor):
+    tokens = tokenize(load_images(DataArguments(train_dir=str(folder)))["train"], processor)
+    masks = []
+    for epoch in range(6):
+        dataset = ImageTokens(tokens, processor, masked=True, seed=3)
+        dataset.set_epoch(epoch)
+        masks.append(rows_of(dataset, name="bool_masked_pos"))
+        assert np.array_equal(masks[-1][4], dataset[4]["bool_masked_pos"])
+    masks = np.stack(masks)  # (epochs, images, N)
+    assert abs(masks.mean() - 0.15) < 0.02 and not (masks[0] == masks[1]).all()
+    assert masks.mean(axis=(0, 1)).max() < 0.35 and masks.sum(axis=2).std() > 1  # each pixel by itself
+    batch = collate_tokens(dataset.__getitems__([0, 1, 2]))
+    assert batch["bool_masked_pos"].dtype == torch.bool and batch["labels"].shape == (3, 64)
+    arguments = DataArguments(train_dir=str(parquet), streaming=True, max_eval_samples=5)
+    rows = list(stream_tokens(load_images(arguments)["train"], processor, arguments, masked=True))
+    assert 0.1 < np.mean([row["bool_masked_pos"] for row in rows]) < 0.2
+    assert collate_tokens(rows)["bool_masked_pos"].shape == (25, 64)
+
+
+def test_pad_crops_move_images_within_a_reflected_border(folder, processor):
+    tokens = tokenize(load_images(DataArguments(train_dir=str(folder)))["train"], processor)
+    grids = token_array(tokens).reshape(-1, 8, 8)
+    moved = rows_of(ImageTokens(tokens, processor, pad_crop=True)).reshape(-1, 8, 8)
+    shifts = set()
+    for grid, found in zip(grids, moved, strict=True):
+        rows = np.concatenate([grid[1:2], grid, grid[-2:-1]])  # a border of 1 pixel at 8x8, as 4 at 32x32
+        padded = np.concatenate([rows[:, 1:2], rows, rows[:, -2:-1]], axis=1)
+        places = [(i, j) for i in range(3) for j in range(3) if (padded[i : i + 8, j : j + 8] == found).all()]
+        assert places
+        shifts.add(places[0])
+    assert len(shifts) >= 6
+    with pytest.raises(ValueError, match="--pad_crop"):
+        DataArguments(pad_crop=True, random_crop=True)
+
+
+# -- labels ------------------------------------------------------------------------------------------------------------
+
+
+def test_labelled_digits():
+    splits = load_labelled_images(DataArguments(), seed=3)
+    sizes = {name: len(split) for name, split in splits.items()}
+    assert sizes == {"train": 1294, "validation": 144, "test": 359}
+    held_out = load_images(DataArguments(), seed=3)["validation"]
+    assert held_out["image"] == splits["test"]["image"]  # what a model pretrained with this seed has not seen
+    assert np.bincount(splits["validation"]["label"]).min() >= 12  # classes in their proportions
+    cells = [cell["bytes"] for split in splits.values() for cell in split["image"]]
+    assert len(cells) == 1797
+
+
+def test_labelled_folders(folder, processor):
+    splits = load_labelled_images(DataArguments(train_dir=str(folder), train_val_split=0.2))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 29, "validation": 3, "test": 8}
+    assert splits["train"].features["label"].names == ["cat", "dog"]
+    batch = collate_classified(ImageTokens(tokenize(splits["test"], processor), processor).__getitems__([0, 1]))
+    assert batch["input_ids"].shape == (2, 64) and batch["labels"].tolist() == splits["test"]["label"][:2]
+    held_out = folder.parent / "held out"
+    arguments = DataArguments(train_dir=str(folder), validation_dir=str(held_out), max_train_samples=9)
+    shutil.copytree(folder / "dog", held_out)
+    with pytest.raises(ValueError, match="--validation_dir have no labels"):
+        load_labelled_images(arguments)
+    shutil.rmtree(held_out)
+    shutil.copytree(folder, held_out)
+    splits = load_labelled_images(arguments)
+    assert len(splits["test"]) == 40 and len(splits["train"]) == 9
+    (held_out / "cat").rename(held_out / "elk")
+    with pytest.raises(ValueError, match="test split has a class 'elk'"):
+        load_labelled_images(arguments)
+
+
+def labelled(place, labels, split="train"):
+    rows = {"image": [picture(i) for i in range(len(labels))], "label": labels}
+    place.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(rows).to_parquet(place / f"{split}.parquet")
+
+
+def test_labels_of_any_kind_become_classes(tmp_path):
+    labelled(tmp_path, [7, 3] * 12)
+    labelled(tmp_path, [3, 7, 7], "validation")
+    labelled(tmp_path, [-1, -1], "test")  # withheld
+    splits = load_labelled_images(DataArguments(train_dir=str(tmp_path)))
+    assert splits["train"].features["label"].names == ["3", "7"]
+    assert splits["test"]["label"] == [0, 1, 1] and len(splits["train"]) == 22 and len(splits["validation"]) == 2
+    labelled(tmp_path, ["b", "a"] * 12)
+    labelled(tmp_path, ["a", "b"], "validation")
+    labelled(tmp_path, ["b", "b", "a"], "test")
+    splits = load_labelled_images(DataArguments(train_dir=str(tmp_path)))
+    assert splits["test"]["label"] == [1, 1, 0] and splits["validation"]["label"] == [0, 1]
+    assert len(splits["train"]) == 24
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (None, None, "have no labels: name their column by --label_column_name"),
+        ([1] * 20, None, "1 class; classification needs 2"),
+        ([0, 1, None, 1], None, r"Image \d of the (train|test) split has no label"),
+        ([0, 1] * 5, [0, 2], "test split has a class '2'"),
+        ([0.5, 0.7] * 5, None, "classes are integers or strings"),
+    ],
+)
+def test_labels_that_are_refused(tmp_path, train, test, message):
+    if train is None:
+        tmp_path.joinpath("train.parquet").unlink(missing_ok=True)
+        datasets.Dataset.from_dict({"image": [picture(i) for i in range(9)]}).to_parquet(tmp_path / "train.parquet")
+    else:
+        labelled(tmp_path, train)
+    if test is not None:
+        labelled(tmp_path, test, "test")
+    with pytest.raises(ValueError, match=message):
+        load_labelled_images(DataArguments(train_dir=str(tmp_path), train_val_split=0.2))
 
 
 @pytest.fixture

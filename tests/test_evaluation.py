@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from hf_igpt.evaluation import Record, _smoothed, baselines, markdown_table, nats_per_image, read_records, write_records
+from hf_igpt.evaluation import (
+    Record,
+    _smoothed,
+    baselines,
+    majority_vote,
+    markdown_table,
+    nats_per_image,
+    read_records,
+    write_records,
+)
 
 
 def test_records_round_trip(tmp_path):
@@ -17,6 +26,16 @@ def test_records_round_trip(tmp_path):
     assert read_records(tmp_path / "deep" / "records.json") == [record]
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["records.json"]
     assert "| Image GPT tiny | digits, held out | 359 | 1.25 nats/pixel |" in markdown_table([record])
+
+
+def test_majority_vote():
+    votes = np.array([[0, 2, 1, 3], [0, 2, 2, 3], [1, 2, 0, 1], [0, 1, 1, 1], [2, 2, 2, 0]])
+    found = np.stack([majority_vote(votes, seed) for seed in range(200)])
+    assert (found[:, 0] == 0).all() and (found[:, 1] == 2).all()
+    for column, tied in ((2, (1, 2)), (3, (1, 3))):  # ties are drawn, evenly
+        assert set(found[:, column]) == set(tied) and 70 < (found[:, column] == tied[0]).sum() < 130
+    assert np.array_equal(majority_vote(votes, 7), majority_vote(votes, 7))
+    assert np.array_equal(majority_vote(votes[:1]), votes[0])
 
 
 def test_nats_per_image():

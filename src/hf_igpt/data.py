@@ -21,7 +21,16 @@ from tqdm.auto import tqdm
 from transformers.utils import is_torchvision_available
 
 from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil, to_rgb_image
-from .presets import CROP_SHORTER_SIDE, CROP_SIZE, DIGITS_HELD_OUT_FRACTION, HELD_OUT_FRACTION
+from .presets import (
+    CROP_SHORTER_SIDE,
+    CROP_SIZE,
+    DIGITS_HELD_OUT_FRACTION,
+    HELD_OUT_FRACTION,
+    IMAGE_SIZE,
+    LABELLED_HELD_OUT_FRACTION,
+    MASK_PROBABILITY,
+    PAD_CROP_PIXELS,
+)
 
 
 # What AutoImageProcessor picks; that class itself needs torchvision before transformers 5.2x.
@@ -30,6 +39,7 @@ InstalledProcessor = ImageGPTImageProcessor if is_torchvision_available() else I
 IMAGE = "image"  # the image column's name, and below the label's, whatever the source called them
 LABEL = "label"
 TOKENS = "input_ids"
+MASK = "bool_masked_pos"
 _CACHE_VERSION = 1  # raise it when the same image and processor give other tokens
 _SHUFFLE_BUFFER = 10_000  # images, when streaming
 _BATCH = 32  # photos decoded and held at once
@@ -82,6 +92,10 @@ class DataArguments:
         metadata={"help": "The paper's ImageNet crops: shorter side drawn from 256..384, random 224 x 224 crop."},
     )
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images, left to right."})
+    pad_crop: bool = field(
+        default=False,
+        metadata={"help": "The paper's CIFAR crops: a border of 4 reflected pixels (at 32x32), random window."},
+    )
     on_bad_image: str = field(
         default="error",
         metadata={
@@ -101,6 +115,8 @@ class DataArguments:
             raise ValueError("--validation_dir goes with --train_dir.")
         if self.streaming and self.is_embedded:
             raise ValueError("--streaming needs --dataset_name or --train_dir; the digits are in memory.")
+        if self.pad_crop and (self.random_crop or self.streaming):
+            raise ValueError("--pad_crop goes neither with --random_crop, another way to crop, nor with --streaming.")
 
     @property
     def is_embedded(self) -> bool:
@@ -148,26 +164,112 @@ def load_images(args: DataArguments, seed: int = 0) -> dict:
     be loaded are ValueErrors.
     """
     raw = _load_raw(args)
-    splits = {}
-    for split in ("train", "validation"):
-        if split in raw:
-            splits[split] = _standard_columns(raw[split], args)
+    splits = {name: _standard_columns(raw[name], args) for name in ("train", "validation") if name in raw}
     if args.streaming:
         return _streaming_splits(splits, args, seed)
     if "validation" not in splits:
-        default = DIGITS_HELD_OUT_FRACTION if args.is_embedded else HELD_OUT_FRACTION
-        fraction = default if args.train_val_split is None else args.train_val_split
-        n_images = len(splits["train"])
-        if not 0 < fraction < 1 or n_images < 2:
-            raise ValueError(
-                f"A held-out split needs a fraction between 0 and 1 and at least 2 images; found {fraction} of {n_images}."
-            )
-        parts = splits["train"].train_test_split(test_size=max(1, round(fraction * n_images)), seed=seed)
-        splits = {"train": parts["train"], "validation": parts["test"]}
-    for split, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
+        splits["train"], splits["validation"] = _hold_out(splits["train"], args, seed)
+    return _limited(splits, args, seed)
+
+
+def load_labelled_images(args: DataArguments, seed: int = 0) -> dict:
+    """`{"train": …, "validation": …, "test": …}`, datasets with undecoded `image` cells and `label`s of train's classes.
+
+    test: the source's labelled test split, or else its validation split, or else the part that `load_images` holds out for
+    the same seed, which a model pretrained with that seed has not seen. validation: the source's where that is not the
+    test, else a tenth of train [V2 3.1], seeded. Images without labels, classes that train does not have, and a single
+    class are ValueErrors.
+    """
+    if args.streaming:
+        raise ValueError("Labelled images are not streamed: leave --streaming out.")
+    splits = {name: _standard_columns(split, args) for name, split in _load_raw(args).items()}
+    if LABEL not in splits["train"].features:
+        raise ValueError(
+            f"The images of {args.name()} have no labels: name their column by --label_column_name, or sort the image files "
+            "into one folder for each class."
+        )
+    if args.validation_dir is not None and not _is_labelled(splits["validation"]):
+        raise ValueError(f"The images of --validation_dir have no labels as those of {args.name()} have.")
+    if not _is_labelled(splits.get("test")):
+        splits.pop("test", None)
+        if _is_labelled(splits.get("validation")):
+            splits["test"] = splits.pop("validation")
+        else:
+            splits.pop("validation", None)
+            splits["train"], splits["test"] = _hold_out(splits["train"], args, seed)
+    names = _class_names(splits["train"])
+    splits = {split: _with_classes(dataset, names, split) for split, dataset in splits.items()}
+    if "validation" not in splits:
+        n_held_out = round(len(splits["train"]) * LABELLED_HELD_OUT_FRACTION)
+        counts = np.bincount(splits["train"][LABEL], minlength=len(names))
+        stratify = LABEL if counts.min() >= 2 and n_held_out >= len(names) else None
+        parts = splits["train"].train_test_split(max(1, n_held_out), seed=seed, stratify_by_column=stratify)
+        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    return _limited({split: splits[split] for split in ("train", "validation", "test")}, args, seed)
+
+
+def _hold_out(dataset: datasets.Dataset, args: DataArguments, seed: int):
+    """(train, held out) of a dataset without a validation split."""
+    default = DIGITS_HELD_OUT_FRACTION if args.is_embedded else HELD_OUT_FRACTION
+    fraction = default if args.train_val_split is None else args.train_val_split
+    n_images = len(dataset)
+    if not 0 < fraction < 1 or n_images < 2:
+        raise ValueError(
+            f"A held-out split needs a fraction between 0 and 1 and at least 2 images; found {fraction} of {n_images}."
+        )
+    parts = dataset.train_test_split(test_size=max(1, round(fraction * n_images)), seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _limited(splits: dict, args: DataArguments, seed: int) -> dict:
+    """Splits of at most as many images as the arguments allow, drawn at random."""
+    limits = dict.fromkeys(splits, args.max_eval_samples) | {"train": args.max_train_samples}
+    for split, limit in limits.items():
         if limit is not None and limit < len(splits[split]):
             splits[split] = splits[split].shuffle(seed=seed).select(range(limit))
     return splits
+
+
+def _is_labelled(dataset) -> bool:
+    """Whether there is a dataset with labels; −1 and nothing are what Hub datasets hold where labels are withheld."""
+    return dataset is not None and LABEL in dataset.features and dataset[:1][LABEL][0] not in (-1, None)
+
+
+def _label_names(dataset) -> list:
+    """The class name of every image, None where it has none."""
+    feature, labels = dataset.features[LABEL], dataset[LABEL]
+    if isinstance(feature, datasets.ClassLabel):
+        return [None if label in (None, -1) else feature.names[label] for label in labels]
+    return [None if label is None else str(label) for label in labels]
+
+
+def _class_names(dataset) -> list[str]:
+    feature = dataset.features[LABEL]
+    if isinstance(feature, datasets.ClassLabel):
+        names = feature.names
+    elif getattr(feature, "dtype", "").startswith(("int", "uint", "string", "large_string", "bool")):
+        names = sorted({label for label in dataset[LABEL] if label is not None})
+        names = [str(name) for name in names]
+    else:
+        raise ValueError(f"The labels are {feature}: classes are integers or strings, one an image.")
+    if len(names) < 2:
+        raise ValueError(f"The images have {len(names)} class{'' if names else 'es'}; classification needs 2 at least.")
+    return names
+
+
+def _with_classes(dataset: datasets.Dataset, names: list[str], split: str) -> datasets.Dataset:
+    """`dataset` with its labels as `ClassLabel` of `names`."""
+    found = _label_names(dataset)
+    for row, name in enumerate(found):
+        if name is None:
+            raise ValueError(f"Image {row} of the {split} split has no label: leave it out.")
+        if name not in names:
+            raise ValueError(f"The {split} split has a class {name!r} that the training images do not have.")
+    feature = datasets.ClassLabel(names=names)
+    if dataset.features[LABEL] == feature:
+        return dataset
+    labels = [names.index(name) for name in found]
+    return dataset.remove_columns(LABEL).add_column(LABEL, labels, feature=feature)
 
 
 def _load_raw(args: DataArguments) -> dict:
@@ -186,10 +288,12 @@ def _load_raw(args: DataArguments) -> dict:
         raise ValueError(f"No images could be loaded from {source}: {error}") from error
     if "train" not in raw:
         raise ValueError(f"{args.dataset_name} has no train split; its splits are {', '.join(raw)}.")
-    for name in ("validation", "valid", "val"):
-        if name in raw:
-            return {"train": raw["train"], "validation": raw[name]}
-    return {"train": raw["train"]}
+    splits = {"train": raw["train"]}
+    for split, names in (("validation", ("validation", "valid", "val")), ("test", ("test",))):
+        name = next((name for name in names if name in raw), None)
+        if name is not None:
+            splits[split] = raw[name]
+    return splits
 
 
 def _load_files(place: str, options: dict) -> dict:
@@ -408,17 +512,21 @@ def token_array(dataset) -> np.ndarray:
 
 
 class ImageTokens(torch.utils.data.Dataset):
-    """Rows of tokens (N,) for a `DataLoader`, with the augmentation that is drawn anew each epoch.
+    """Rows `{"input_ids": (N,)}` for a `DataLoader`, with the augmentation and the masks that are drawn anew each epoch.
 
-    dataset: of `tokenize` (flips only, on the tokens: a mirrored small image has mirrored tokens), or of `load_images`
-    where `random_crop`. What is drawn depends on (seed, epoch, index) alone, so it is the same on any number of
-    processes and workers (not persistent ones, which never learn of a new epoch), and after a resume.
+    dataset: of `tokenize` (pad-and-crop and flips, on the tokens: a moved small image has moved tokens), or of
+    `load_images` where `random_crop`. Rows have a `label` where it has one, and with `masked` a `bool_masked_pos` (N,), True
+    where a pixel is hidden [V2 2.1]. What is drawn depends on (seed, epoch, index) alone, so it is the same on any number
+    of processes and workers (not persistent ones, which never learn of a new epoch), and after a resume.
     """
 
-    def __init__(self, dataset, processor, random_crop=False, random_flip=False, seed=0):
+    def __init__(
+        self, dataset, processor, random_crop=False, random_flip=False, pad_crop=False, masked=False, seed=0, epoch=0
+    ):
         self.processor, self.random_crop, self.random_flip = processor, random_crop, random_flip
-        self.seed, self.epoch = seed, 0
+        self.pad_crop, self.masked, self.seed, self.epoch = pad_crop, masked, seed, epoch
         self.width = processor.token_grid()[1]
+        self.labels = np.asarray(dataset[LABEL]) if LABEL in dataset.column_names else None
         self.dataset = dataset if random_crop else dataset.with_format("numpy", columns=[TOKENS], dtype=np.uint16)
 
     def set_epoch(self, epoch: int):
@@ -438,10 +546,20 @@ class ImageTokens(torch.utils.data.Dataset):
             tokens = np.asarray(self.processor(images)[TOKENS])
         else:
             tokens = np.asarray(self.dataset[indices][TOKENS])  # (B, N)
+        if self.pad_crop:
+            tokens = np.stack(
+                [_pad_cropped(row, self.width, self._rng(i, 2)) for row, i in zip(tokens, indices, strict=True)]
+            )
         if self.random_flip:
             flip = np.array([self._rng(index, 1).random() < 0.5 for index in indices])
             tokens = _mirrored(tokens, self.width, flip)
-        return list(tokens)
+        rows = [{TOKENS: row} for row in tokens]
+        for row, index in zip(rows, indices, strict=True):
+            if self.labels is not None:
+                row[LABEL] = self.labels[index]
+            if self.masked:
+                row[MASK] = self._rng(index, 3).random(tokens.shape[1]) < MASK_PROBABILITY
+        return rows
 
     def _rng(self, index: int, draw: int = 0) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.epoch, int(index), draw))
@@ -451,6 +569,15 @@ def _mirrored(tokens: np.ndarray, width: int, which: np.ndarray) -> np.ndarray:
     """Tokens (B, N) with the rows of the images in `which` (B,) read from right to left."""
     grid = tokens.reshape(len(tokens), -1, width)
     return np.where(which[:, None, None], grid[:, :, ::-1], grid).reshape(tokens.shape)
+
+
+def _pad_cropped(tokens: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Tokens (N,) of an image after a border of reflected pixels and a random window of the old size [V2 3.1]."""
+    grid = tokens.reshape(-1, width)
+    border = max(1, round(PAD_CROP_PIXELS * width / IMAGE_SIZE))
+    top, left = rng.integers(0, 2 * border + 1, size=2)
+    padded = np.pad(grid, border, mode="reflect")
+    return padded[top : top + len(grid), left : left + width].reshape(-1)
 
 
 def random_crop(image: Image.Image, rng: np.random.Generator):
@@ -483,8 +610,8 @@ def readable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets
     return _without_bad(dataset, checked["bad"])
 
 
-def stream_tokens(dataset: datasets.IterableDataset, processor, args: DataArguments) -> datasets.IterableDataset:
-    """A stream of images -> a stream of rows `{"input_ids": (N,)}`, augmented with torch's random numbers."""
+def stream_tokens(dataset: datasets.IterableDataset, processor, args: DataArguments, masked: bool = False):
+    """A stream of images -> a stream of rows as `ImageTokens` gives, augmented and masked with torch's random numbers."""
     width = processor.token_grid()[1]
 
     def to_tokens(batch, indices):
@@ -494,17 +621,28 @@ def stream_tokens(dataset: datasets.IterableDataset, processor, args: DataArgume
         for reason in filter(None, reasons):
             tqdm.write(f"Left out {reason}")
         if not images:
-            return {TOKENS: []}
+            return {TOKENS: []} | ({MASK: []} if masked else {})
         tokens = np.asarray(processor(images)[TOKENS])
         if args.random_flip:
             tokens = _mirrored(tokens, width, rng.random(len(tokens)) < 0.5)
-        return {TOKENS: list(tokens)}
+        masks = {MASK: list(rng.random(tokens.shape) < MASK_PROBABILITY)} if masked else {}
+        return {TOKENS: list(tokens)} | masks
 
     columns = list(dataset.features)
     return dataset.map(to_tokens, batched=True, batch_size=_BATCH, with_indices=True, remove_columns=columns)
 
 
+def _batch(rows, name: str) -> torch.Tensor:
+    return torch.from_numpy(np.stack([row[name] for row in rows]))
+
+
 def collate_tokens(rows) -> dict[str, torch.Tensor]:
-    """Rows (N,), or dicts that hold one, -> `{"labels": (B, N) int64}`: all a causal model is trained with."""
-    rows = [row[TOKENS] if isinstance(row, dict) else row for row in rows]
-    return {"labels": torch.from_numpy(np.stack(rows).astype(np.int64))}
+    """Rows of `ImageTokens` -> `{"labels": (B, N) int64}`, all a causal model is trained with, and a masked one's masks."""
+    batch = {"labels": _batch(rows, TOKENS).long()}
+    return batch | {MASK: _batch(rows, MASK)} if MASK in rows[0] else batch
+
+
+def collate_classified(rows) -> dict[str, torch.Tensor]:
+    """Rows of `ImageTokens` with labels -> `{"input_ids": (B, N), "labels": (B,)}` int64, and a masked model's masks."""
+    batch = {TOKENS: _batch(rows, TOKENS).long(), "labels": _batch(rows, LABEL).long()}
+    return batch | {MASK: _batch(rows, MASK)} if MASK in rows[0] else batch

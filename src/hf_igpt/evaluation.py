@@ -25,7 +25,7 @@ class Record:
 
     metric names its unit's quantity ("nats_per_pixel"; "accuracy", in the unit "fraction"); n counts images; data names the images, revision the version of
     the code; reference is the source of a figure that was published, not measured here. A baseline is what a model must
-    beat.
+    beat. settings are what else tells it from its like: objective, layer, probe.
     """
 
     metric: str
@@ -40,6 +40,7 @@ class Record:
     hardware: str = field(default_factory=lambda: this_machine())
     reference: str | None = None
     baseline: bool = False
+    settings: dict = field(default_factory=dict)
 
 
 def this_machine() -> str:
@@ -77,6 +78,20 @@ def markdown_table(records: list[Record]) -> str:
 def nats_per_image(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Mean −log p of the pixels of each image: (B, N, K) logits, (B, N) tokens -> (B,), nats per pixel."""
     return torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none").mean(dim=1)
+
+
+def majority_vote(predictions: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The class that most of several predictions name, ties drawn at random [V2 4.6]: (votes, n) integers -> (n,)."""
+    predictions = np.asarray(predictions)
+    counts = np.stack([(predictions == label).sum(axis=0) for label in range(predictions.max() + 1)], axis=1)
+    best = counts == counts.max(axis=1, keepdims=True)  # (n, classes)
+    return np.where(best, np.random.default_rng(seed).random(best.shape), -1).argmax(axis=1)
+
+
+def data_of(name: str, processor, what: str = "") -> str:
+    """How records name data: the images, their size, the number of colours, and `what` else."""
+    height, width = processor.token_grid()
+    return f"{name}, {height}x{width}, {len(processor.clusters)} colours" + (f", {what}" if what else "")
 
 
 # -- counting baselines ------------------------------------------------------------------------------------------------

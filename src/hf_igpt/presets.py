@@ -11,6 +11,8 @@ N_COLORS = 512  # K, the "9-bit colour palette" [V2 3.2]
 IMAGE_SIZE = 32  # H = W of the model resolution that the released models have [code run.py n_px]
 MASK_PROBABILITY = 0.15  # [V2 2.1, code run.py bert_mask_prob]
 HELD_OUT_FRACTION = 0.04  # of ImageNet's training split, for validation [V2 3.1]
+LABELLED_HELD_OUT_FRACTION = 0.1  # of the training split of CIFAR-10, CIFAR-100 and STL-10 [V2 3.1]
+EVALUATION_MASKS = 5  # drawn for each image where a masked model classifies: the majority decides [V2 4.6]
 
 ADAM_BETAS = (0.9, 0.95)  # [V2 A.1]
 WEIGHT_DECAY = 0.0  # [V2 A.1]
@@ -20,6 +22,7 @@ WARMUP_FRACTION = 0.01  # the same in steps where the length of an epoch is unkn
 # Augmentation of pretraining on ImageNet [V2 3.1]
 CROP_SHORTER_SIDE = (256, 384)  # pixels, drawn uniformly from the closed interval
 CROP_SIZE = 224  # pixels
+PAD_CROP_PIXELS = 4  # reflected border, then a random window, for CIFAR at 32x32 [V2 3.1]
 
 # Initialisation [code src/model.py]: standard deviations of zero-mean normals; the logit matrices start at 0
 INIT_POSITION_STD = 0.01  # wpe
