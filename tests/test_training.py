@@ -127,7 +127,7 @@ def test_the_best_model_is_kept(tmp_path, greys):
     best = min(evaluated, key=evaluated.get)
     assert len(evaluated) == 6 and best < 240 and evaluated[240] > evaluated[best] + 0.01
     assert records[0].value == pytest.approx(evaluated[best], rel=1e-5)
-    assert f"{best * 10} images seen" in records[0].model  # two steps make an epoch of 20
+    assert f"{best * 10:,} images seen" in records[0].model  # two steps make an epoch of 20
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-240", f"checkpoint-{best}"}
     kept = weights(tmp_path / f"checkpoint-{best}")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(tmp_path).items())
@@ -239,7 +239,7 @@ def test_passes_of_a_stream_have_different_orders(tmp_path, greys, monkeypatch):
     arguments = PretrainingArguments(use_cpu=True)
     processor = training.make_processor(np.load(greys), 8)
     options = DataArguments(train_dir=str(tmp_path / "digits"), streaming=True)
-    training._tokens(splits, processor, options, arguments)
+    training._tokens(splits, processor, options, arguments, masked=False)
     rows = [row["image"]["bytes"] for row in streams[0].take(40)]
     assert len(set(rows)) == 10
     assert len({tuple(rows[i : i + 10]) for i in range(0, 40, 10)}) > 1
@@ -300,22 +300,20 @@ def test_presets_and_overrides():
     arguments = PretrainingArguments(size="s", use_cpu=True)
     assert (arguments.max_steps, arguments.train_batch_size, arguments.adam_beta2) == (1_000_000, 128, 0.95)
     assert arguments.lr_scheduler_type == "cosine" and arguments.weight_decay == 0
-    training._set_steps(arguments, False, range(1_230_000), 32)
-    assert arguments.learning_rate == 0.003
+    training._set_steps(arguments, False, range(1_230_000))
     assert arguments.warmup_steps == 9610  # one epoch
     arguments = PretrainingArguments(
         size="s", use_cpu=True, gradient_accumulation_steps=8, num_train_epochs=2, learning_rate=1
     )
     assert (arguments.max_steps, arguments.num_train_epochs, arguments.train_batch_size) == (-1, 2, 16)
-    training._set_steps(arguments, False, range(1000), 8)
-    assert arguments.learning_rate == 1
+    training._set_steps(arguments, False, range(1000))
     arguments = PretrainingArguments(use_cpu=True, per_device_train_batch_size=5, warmup_steps=7)
-    training._set_steps(arguments, False, range(1000), 8)
+    training._set_steps(arguments, False, range(1000))
     assert (arguments.train_batch_size, arguments.warmup_steps) == (5, 7)
     assert arguments.num_train_epochs == SIZES["tiny"].num_epochs
     for options, warmup in (({"warmup_steps": 0}, 0), ({"warmup_epochs": 5}, 315), ({"num_train_epochs": 1}, 6)):
         arguments = PretrainingArguments(use_cpu=True, **options)
-        training._set_steps(arguments, False, range(1000), 8)
+        training._set_steps(arguments, False, range(1000))
         assert arguments.warmup_steps == warmup
 
 
@@ -329,7 +327,7 @@ def test_the_clock_ends_a_run_with_its_learning_rate_decayed(tmp_path, greys):
 
 @pytest.mark.parametrize(("step", "clock"), [(0, 0.0), (500, 0.1), (500, 0.9), (900, 0.1), (0, 0.5)])
 def test_the_schedule_follows_the_steps_or_the_clock_whichever_is_ahead(step, clock, monkeypatch):
-    trainer = training.PretrainingTrainer.__new__(training.PretrainingTrainer)
+    trainer = training.ImageGPTTrainer.__new__(training.ImageGPTTrainer)
     trainer.args = PretrainingArguments(use_cpu=True, warmup_steps=99, learning_rate=1)
     trainer.clock = training._Clock(1.0, "cpu")
     trainer.clock.elapsed = clock
@@ -401,10 +399,10 @@ def test_evaluations_and_checkpoints_come_together():
     assert (PretrainingArguments().eval_steps, PretrainingArguments().save_steps) == (0.1, 0.1)
     arguments = PretrainingArguments(save_steps=20)
     assert (arguments.eval_steps, arguments.save_steps) == (20, 20)
-    training._set_steps(arguments, False, range(1600), 8)
+    training._set_steps(arguments, False, range(1600))
     assert (arguments.eval_steps, arguments.save_steps, arguments.logging_steps) == (20, 20, 30)
     arguments = PretrainingArguments(eval_steps=0.1, save_steps=0.2, max_steps=33)
-    training._set_steps(arguments, False, range(1600), 8)
+    training._set_steps(arguments, False, range(1600))
     assert (arguments.eval_steps, arguments.save_steps) == (4, 8)
 
 
@@ -443,7 +441,10 @@ def test_fit_clusters(tmp_path, palette, capsys):
         ({"images": {"image_column_name": "x"}}, "its columns are image, label"),
         ({"resume_from_checkpoint": "nowhere"}, "no checkpoint"),
         ({"size": "huge"}, "tiny, xs, s, m, l, xl"),
-        ({"max_minutes": 1, "lr_scheduler_type": "constant"}, "cosine"),
+        ({"max_minutes": 1, "lr_scheduler_type": "linear"}, "cosine"),
+        ({"milestones": "0.5,2"}, "over 0 and up to 1"),
+        ({"milestones": "half"}, "fractions of training between commas"),
+        ({"objective": "bert"}, "causal, masked"),
         ({"prediction_loss_only": True}, "prediction_loss_only"),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent"),
         ({"images": {"validation_dir": "x"}}, "goes with --train_dir"),

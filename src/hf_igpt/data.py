@@ -318,6 +318,14 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
 
 
+def named_images(names: list[str]) -> list[Path]:
+    """Image files of the files and folders that are named, in their order; ValueError where there are none."""
+    files = [file for path in map(Path, names) for file in (image_files(path) if path.is_dir() else [path])]
+    if names and not files:
+        raise ValueError(f"There are no image files in {', '.join(names)}.")
+    return files
+
+
 def _standard_columns(dataset, args: DataArguments):
     """Rename the image and label columns to `image` and `label`, drop the others, and leave images undecoded."""
     if dataset.features is None:
@@ -397,6 +405,19 @@ def _read_batch(cells, indices, on_bad_image: str, then=lambda image, index: ima
             images.append(then(image, index))
             reasons.append("")
     return images, reasons
+
+
+def processor_of(model_name: str, config):
+    """The image processor that is saved beside a model; one that is missing or does not fit it is a ValueError."""
+    try:
+        processor = InstalledProcessor.from_pretrained(model_name)
+    except OSError as error:
+        raise ValueError(
+            f"{model_name} has no image processor: save the one that the model was trained with there, as "
+            "preprocessor_config.json."
+        ) from error
+    processor.check_fits(config)
+    return processor
 
 
 # -- palette -----------------------------------------------------------------------------------------------------------
@@ -520,11 +541,9 @@ class ImageTokens(torch.utils.data.Dataset):
     of processes and workers (not persistent ones, which never learn of a new epoch), and after a resume.
     """
 
-    def __init__(
-        self, dataset, processor, random_crop=False, random_flip=False, pad_crop=False, masked=False, seed=0, epoch=0
-    ):
+    def __init__(self, dataset, processor, random_crop=False, random_flip=False, pad_crop=False, masked=False, seed=0):
         self.processor, self.random_crop, self.random_flip = processor, random_crop, random_flip
-        self.pad_crop, self.masked, self.seed, self.epoch = pad_crop, masked, seed, epoch
+        self.pad_crop, self.masked, self.seed, self.epoch = pad_crop, masked, seed, 0
         self.width = processor.token_grid()[1]
         self.labels = np.asarray(dataset[LABEL]) if LABEL in dataset.column_names else None
         self.dataset = dataset if random_crop else dataset.with_format("numpy", columns=[TOKENS], dtype=np.uint16)

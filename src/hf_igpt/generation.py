@@ -4,14 +4,18 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from . import data, plots
-from .evaluation import RECORDS, read_records
+from .evaluation import device_of, held_out_images
 from .modeling_imagegpt import ImageGPTForCausalImageModeling, check_tokens
+
+
+_HIDDEN = (230, 0, 160)  # colour of hidden pixels in pictures, which no photo is full of
 
 
 def sample(
@@ -93,6 +97,36 @@ def picture_of_completions(processor, images, completions, rows: int | None = No
     originals = processor.decode(tokens)
     halves = processor.decode(tokens[:, : rows * width], missing="grey")
     return [[o, h, *c] for o, h, c in zip(originals, halves, completions, strict=True)]
+
+
+@torch.no_grad()
+def fill_in(model, tokens: torch.Tensor, mask: torch.Tensor, *, seed: int | None = 0) -> torch.Tensor:
+    """Tokens (B, N) with the hidden pixels drawn from what a masked model says of each, given all that are not hidden.
+
+    mask: (B, N), True where a pixel is hidden. Each is drawn by itself: no two hidden pixels know of each other. seed: the
+    same seed and machine give the same pixels; None draws from torch's own random state.
+    """
+    training = model.training
+    model.eval()
+    try:
+        tokens, mask = tokens.to(model.device), mask.to(model.device)
+        chances = model(input_ids=tokens, bool_masked_pos=mask).logits.float().softmax(dim=-1)  # (B, N, K)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(chances.flatten(0, 1).cpu(), 1, generator=generator).view_as(mask)
+    finally:
+        model.train(training)
+    return torch.where(mask.cpu(), drawn, tokens.cpu())
+
+
+def picture_of_masks(processor, tokens, mask, filled) -> list[list[Image.Image]]:
+    """Rows of pictures for a grid, two images in each: the image, what a masked model was shown, and what it made of it."""
+    shown = []
+    for image, hidden in zip(processor.decode(tokens), mask, strict=True):
+        pixels = np.array(image)
+        pixels[np.asarray(hidden).reshape(pixels.shape[:2])] = _HIDDEN
+        shown.append(Image.fromarray(pixels))
+    triples = list(zip(processor.decode(tokens), shown, processor.decode(filled), strict=True))
+    return [[image for triple in triples[start : start + 2] for image in triple] for start in range(0, len(triples), 2)]
 
 
 class _Progress(StoppingCriteria):
@@ -186,16 +220,13 @@ def draw(args: SampleArguments, data_args) -> list[Path]:
     if args.rows is not None and not (args.images or args.num_held_out):
         raise ValueError("--rows is of images to complete: give them with --images or --num_held_out.")
     model = ImageGPTForCausalImageModeling.from_pretrained(args.model_name_or_path)
-    processor = data.InstalledProcessor.from_pretrained(args.model_name_or_path)
-    processor.check_fits(model.config)
-    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    files = [Path(name) for name in args.images]
-    files = [file for path in files for file in (data.image_files(path) if path.is_dir() else [path])]
-    given = [data.read_image({"bytes": None, "path": str(file)}) for file in files]
+    processor = data.processor_of(args.model_name_or_path, model.config)
+    model.to(device_of(args.device))
+    given = [data.read_image({"bytes": None, "path": str(file)}) for file in data.named_images(args.images)]
     if args.num_held_out:
-        given += _held_out_images(args, data_args)
-    if args.images and not given:
-        raise ValueError(f"There are no image files in {', '.join(args.images)}.")
+        cells, _ = held_out_images(args.model_name_or_path, data_args, args.num_held_out, args.split_seed)
+        print(f"Completing {len(cells)} held-out images of {data_args.name()}")
+        given += [data.read_image(cell) for cell in cells]
     folder = Path(args.output_dir or args.model_name_or_path)
     if args.output_dir is None and not folder.is_dir():
         raise ValueError("Give --output_dir: the model is on the Hub, so there is no folder of its own to write to.")
@@ -217,22 +248,3 @@ def draw(args: SampleArguments, data_args) -> list[Path]:
     for path in written:
         print(f"Wrote {path}")
     return written
-
-
-def _held_out_images(args: SampleArguments, data_args) -> list[Image.Image]:
-    """Images that the model was not trained on: of the split that its records tell of."""
-    seed, records = args.split_seed, Path(args.model_name_or_path) / RECORDS
-    if records.is_file():
-        record = read_records(records)[0]
-        seed = record.seed if seed is None else seed
-        if record.data.split(", ")[0] != data_args.name():
-            raise ValueError(
-                f"The model was trained on {record.data}; --num_held_out would take images of {data_args.name()}: give the "
-                "same --dataset_name or --train_dir as in training, or --images."
-            )
-        if args.num_held_out > record.n:
-            raise ValueError(f"--num_held_out {args.num_held_out}: only {record.n} images were held out in training.")
-    held_out = data.load_images(data_args, seed=42 if seed is None else seed)["validation"]
-    cells = held_out.select(range(min(args.num_held_out, len(held_out))))[data.IMAGE]
-    print(f"Completing {len(cells)} held-out images of {data_args.name()}")
-    return [data.read_image(cell) for cell in cells]

@@ -53,7 +53,7 @@ _COMPLETION = {
 _WEIGHTS = "model*.safetensors*"  # one file, or shards and their index
 _CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
 # What an earlier commit may hold that a new one does not; other files there are their owner's, and stay.
-_PICTURES = ("samples.png", "completions.png", "training.png")
+_PICTURES = ("samples.png", "completions.png", "training.png", "confusion.png")
 _REPLACED = (_WEIGHTS, "pytorch_model*", "training_args.bin", "generation_config.json", RECORDS, *_PICTURES, *CODE)
 _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
@@ -236,7 +236,8 @@ def _copy_pictures(source: Path, target: Path) -> dict[str, str]:
         if (source / "samples.png").is_file()
         else (drawn or [None])[-1],
         "Images given, their upper halves, completions": source / "completions.png",
-        "Nats per pixel while training": source / "training.png",
+        "The course of training": source / "training.png",
+        "Classes of the test images, and what the model says": source / "confusion.png",
     }
     pictures = {}
     for (caption, file), name in zip(found.items(), _PICTURES, strict=True):

@@ -199,6 +199,13 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
 class ImageGPTModel(ImageGPTPreTrainedModel):
     """The transformer without a head: tokens (B, T) -> hidden states (B, T, D) after the final norm, T <= N."""
 
+    # It reads any model's file, and leaves the heads there.
+    _keys_to_ignore_on_load_unexpected = [
+        *ImageGPTPreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^lm_head\.",
+        r"^score\.",
+    ]
+
     def __init__(self, config: ImageGPTConfig):
         super().__init__(config)
         wte = nn.Embedding(config.vocab_size, config.n_embd)  # row K is SOS
@@ -531,7 +538,7 @@ class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
         loss = None
         if labels is not None:
             n_images = None if num_items_in_batch is None else num_items_in_batch / labels.shape[1]
-            loss = _mean(_masked_nats(logits, labels, bool_masked_pos), n_images)
+            loss = _mean(masked_nats(logits, labels, bool_masked_pos), n_images)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -539,10 +546,14 @@ class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
 
 @dataclass
 class ImageGPTClassifierOutput(SequenceClassifierOutputWithPast):
-    """A classifier's output; where it has a joint loss, also `loss`'s parts: nats per image, nats per pixel."""
+    """A classifier's output; where it has a joint loss, also `loss`'s parts: nats per image, nats per pixel.
+
+    generative_nats: (B,), nats per pixel of each image, whose mean is `generative_loss`.
+    """
 
     classification_loss: torch.FloatTensor | None = None
     generative_loss: torch.FloatTensor | None = None
+    generative_nats: torch.FloatTensor | None = None
 
 
 class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
@@ -613,7 +624,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         )
         hidden = outputs.last_hidden_state
         logits = self.score(hidden.mean(dim=1))  # (B, classes)
-        loss = classification_loss = generative_loss = None
+        loss = classification_loss = generative_loss = nats = None
         if labels is not None:
             loss = self._classification_loss(logits, labels, num_items_in_batch)
         if joint:
@@ -630,6 +641,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             attentions=outputs.attentions,
             classification_loss=classification_loss,
             generative_loss=generative_loss,
+            generative_nats=nats,
         )
 
     def _classification_loss(self, logits, labels, num_items_in_batch):
@@ -644,10 +656,10 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
 
     def _generative_nats(self, logits, pixels, bool_masked_pos):
         if self.config.objective == "masked":
-            return _masked_nats(logits, pixels, bool_masked_pos)
+            return masked_nats(logits, pixels, bool_masked_pos)
         if not self.config.sos_inputs:  # position i was fed pixel i: it predicts the next
             logits, pixels = logits[:, :-1], pixels[:, 1:]
-        return _pixel_nats(logits, pixels).mean(dim=1)
+        return pixel_nats(logits, pixels).mean(dim=1)
 
     def _check_labels(self, labels):
         if torch.compiler.is_compiling() or labels.is_meta or labels.numel() == 0:
@@ -677,14 +689,14 @@ def _check_objective(model, config: ImageGPTConfig, objective: str):
         )
 
 
-def _pixel_nats(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def pixel_nats(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """−log p of each pixel: (B, N, K) logits, (B, N) tokens -> (B, N)."""
     return nn.functional.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
 
 
-def _masked_nats(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.BoolTensor) -> torch.Tensor:
+def masked_nats(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.BoolTensor) -> torch.Tensor:
     """Mean −log p of each image's masked pixels, 0 where there are none: (B,)."""
-    return (_pixel_nats(logits, tokens) * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return (pixel_nats(logits, tokens) * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 def _mean(values: torch.Tensor, count=None) -> torch.Tensor:

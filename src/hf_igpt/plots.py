@@ -1,4 +1,7 @@
-"""Pictures: grids of images, palettes, training curves."""
+"""Pictures: grids of images, palettes, training curves, maps of surprise."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -33,25 +36,16 @@ def square_grid(images: list[Image.Image]) -> Image.Image:
 
 def completions_picture(rows: list[list[Image.Image]]) -> Image.Image:
     """`image_grid` of rows [original, given part, completion, …] with the columns named above."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     n_columns = len(rows[0])
-    figure, axes = plt.subplots(len(rows), n_columns, figsize=(n_columns, len(rows) + 0.3), squeeze=False)
-    titles = ["original", "given", "completions"]
-    for axis, title in zip(axes[0], titles, strict=False):
-        axis.set_title(title, fontsize=9)
-    for row, line in zip(rows, axes, strict=True):
-        for image, axis in zip(row, line, strict=True):
-            axis.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
-            axis.axis("off")
-    figure.tight_layout(pad=0.3)
-    figure.canvas.draw()
-    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-    plt.close(figure)
-    return picture
+    with _figure(len(rows), n_columns, figsize=(n_columns, len(rows) + 0.3), squeeze=False) as (figure, axes):
+        titles = ["original", "given", "completions"]
+        for axis, title in zip(axes[0], titles, strict=False):
+            axis.set_title(title, fontsize=9)
+        for row, line in zip(rows, axes, strict=True):
+            for image, axis in zip(row, line, strict=True):
+                axis.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
+                axis.axis("off")
+        return _picture(figure, pad=0.3)
 
 
 def palette_picture(clusters: np.ndarray) -> Image.Image:
@@ -81,31 +75,230 @@ def palette_picture(clusters: np.ndarray) -> Image.Image:
     return Image.fromarray(np.concatenate([swatches, gap, rainbow, gap, rendered]))
 
 
-def training_curve(log_history: list[dict], baselines: dict[str, float] | None = None):
-    """Nats per pixel against images seen, of `Trainer`'s log history, with lines for the baselines; a PIL image."""
+def training_curve(log_history: list[dict], baselines: dict[str, float] | None = None) -> Image.Image:
+    """Nats per pixel against images seen, of `Trainer`'s log history, with lines for the baselines."""
+    with _figure(figsize=(7, 4)) as (figure, axis):
+        for key, label in (("loss", "training"), ("eval_nats_per_pixel", "held out")):
+            points = [(entry["images"], entry[key]) for entry in log_history if key in entry and "images" in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, marker="." if key != "loss" else None)
+        labels: dict[float, str] = {}
+        for name, value in sorted((baselines or {}).items(), key=lambda item: item[1]):
+            axis.axhline(value, color="grey", linewidth=0.7, linestyle="--")
+            near = [other for other in labels if abs(other - value) < 0.03 * value]  # their labels would overlap
+            at = near[0] if near else value
+            labels[at] = (labels[at] + ", " if near else "") + name.replace("_", " ")
+        for value, label in labels.items():
+            axis.annotate(label, (1.01, value), xycoords=("axes fraction", "data"), fontsize=7, va="center")
+        axis.set_xlabel("images seen")
+        axis.set_ylabel("nats per pixel")
+        axis.legend()
+        return _picture(figure)
+
+
+def accuracy_curve(log_history: list[dict]) -> Image.Image:
+    """Validation accuracy, and below it both parts of the training loss, against images seen, of `Trainer`'s log history."""
+    parts = {
+        "loss": "loss",
+        "classification_loss": "classification, nats per image",
+        "generative_loss": "generative, nats per pixel",
+    }
+    with _figure(2, 1, figsize=(7, 6), sharex=True) as (figure, (above, below)):
+        points = [(entry["images"], 100 * entry["eval_accuracy"]) for entry in log_history if "eval_accuracy" in entry]
+        if points:
+            above.plot(*zip(*points, strict=True), marker=".")
+        above.set_ylabel("validation accuracy, %")
+        for key, label in parts.items():
+            points = [(entry["images"], entry[key]) for entry in log_history if key in entry and "images" in entry]
+            if points:
+                below.plot(*zip(*points, strict=True), label=label)
+        below.set_xlabel("images seen")
+        below.set_ylabel("training loss")
+        below.legend()
+        return _picture(figure)
+
+
+def layer_curves(records) -> Image.Image:
+    """Validation accuracy by layer of `probing`'s records, a line for each model and probe; level lines for raw pixels."""
+    curves: dict[str, list] = {}
+    levels = {}
+    for record in records:
+        if record.split != "validation":
+            continue
+        if "layer" in record.settings:
+            name = record.model.replace(f", layer {record.settings['layer']}", "")
+            if "checkpoint" in record.settings and "images seen" in record.settings:
+                name += f", {record.settings['images seen']:,} images seen"
+            curves.setdefault(name, []).append((record.settings["layer"], 100 * record.value))
+        else:
+            levels[record.model] = 100 * record.value
+    with _figure(figsize=(7, 4.5)) as (figure, axis):
+        for name, points in curves.items():
+            axis.plot(
+                *zip(*sorted(points), strict=True),
+                marker=".",
+                label=name,
+                linestyle="--" if "untrained" in name else "-",
+            )
+        for name, value in levels.items():
+            axis.axhline(value, color="grey", linestyle=":", label=name)
+        axis.set_xlabel("layer: the input of block 0, 1, …, and last the final norm's output")
+        axis.set_ylabel("validation accuracy, %")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=7)
+        return _picture(figure)
+
+
+def loss_against_probe(runs: dict[str, list[tuple[float, float]]]) -> Image.Image:
+    """Probe accuracy (0..1) against held-out nats per pixel of each run's checkpoints, in their order [V2 Figure 3]."""
+    with _figure(figsize=(7, 4.5)) as (figure, axis):
+        for name, points in runs.items():
+            losses, accuracies = zip(*points, strict=True)
+            axis.plot(losses, [100 * accuracy for accuracy in accuracies], marker="o", label=name)
+        axis.invert_xaxis()  # training goes to the right, as in the paper
+        axis.set_xlabel("held-out loss, nats per pixel")
+        axis.set_ylabel("linear probe, test accuracy, %")
+        axis.legend(fontsize=7)
+        return _picture(figure)
+
+
+def accuracy_bars(groups: dict[str, dict[str, float]]) -> Image.Image:
+    """Accuracies (0..1) as bars: group -> name -> value, names in the same colour in every group [V2 Figure 4]."""
+    names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
+    width = 0.8 / len(names)
+    with _figure(figsize=(7, 4)) as (figure, axis):
+        for i, name in enumerate(names):
+            at = [(g + i * width, 100 * bars[name]) for g, bars in enumerate(groups.values()) if name in bars]
+            drawn = axis.bar(*zip(*at, strict=True), width * 0.95, label=name)
+            axis.bar_label(drawn, fmt="%.1f", fontsize=8)
+        axis.set_xticks([g + width * (len(names) - 1) / 2 for g in range(len(groups))], list(groups))
+        axis.set_ylabel("test accuracy, %")
+        axis.margins(y=0.15)
+        axis.legend(fontsize=8)
+        return _picture(figure)
+
+
+def accuracy_courses(runs: dict[str, list[tuple[float, float]]]) -> Image.Image:
+    """Validation accuracy (0..1) over epochs of several fine-tuning runs."""
+    with _figure(figsize=(7, 4)) as (figure, axis):
+        for name, points in runs.items():
+            epochs, accuracies = zip(*points, strict=True)
+            axis.plot(epochs, [100 * accuracy for accuracy in accuracies], marker=".", label=name)
+        axis.set_xlabel("epochs")
+        axis.set_ylabel("validation accuracy, %")
+        axis.legend(fontsize=8)
+        return _picture(figure)
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, names: list[str]) -> Image.Image:
+    """Counts of (class, predicted class), both (n,) integers into `names`, as a picture; shares without numbers over 20 classes."""
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    few = len(names) <= 20
+    side = max(4, 0.55 * len(names) + 1.5) if few else 9
+    with _figure(figsize=(side, side)) as (figure, axis):
+        ConfusionMatrixDisplay.from_predictions(
+            labels,
+            predictions,
+            labels=range(len(names)),
+            display_labels=names if few else None,
+            normalize=None if few else "true",
+            include_values=few,
+            xticks_rotation="vertical" if max(map(len, names)) > 2 else "horizontal",
+            cmap="Blues",
+            colorbar=not few,
+            ax=axis,
+        )
+        if not few:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axis.set_xlabel("predicted")
+        axis.set_ylabel("true")
+        axis.set_title(f"{100 * np.mean(labels == predictions):.1f} % of {len(labels):,} images right")
+        return _picture(figure)
+
+
+def surprise_maps(images: Sequence[Image.Image], maps: np.ndarray, titles: Sequence[str]) -> Image.Image:
+    """Images, each beside the map of its pixels' surprise, in one scale of colours for all.
+
+    maps: (n, H, W), −log p of each pixel in nats; the scale ends where 1 pixel in 200 has more. titles: one above each pair,
+    of one or more lines.
+    """
+    highest = float(np.quantile(maps, 0.995))
+    pairs = min(len(images), 4)  # in a row
+    n_rows = -(-len(images) // pairs)
+    height, width = maps.shape[1:]
+    wide, high = (1.35 * side / max(height, width) for side in (width, height))  # inches
+    size = (pairs * (2 * wide + 0.3) + 0.7, n_rows * (high + 0.5) + 0.1)
+    grid = {"width_ratios": [wide, wide, 0.15] * pairs}  # the third is the gap to the next pair
+    with _figure(n_rows, 3 * pairs, figsize=size, squeeze=False, layout="constrained", gridspec_kw=grid) as (
+        figure,
+        axes,
+    ):
+        figure.get_layout_engine().set(wspace=0.01, w_pad=0.02, h_pad=0.07)
+        for axis in axes.flat:
+            axis.axis("off")
+        for index, (image, surprise, title) in enumerate(zip(images, maps, titles, strict=True)):
+            left, right = axes[index // pairs, 3 * (index % pairs) :][:2]
+            left.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
+            heat = right.imshow(surprise, cmap="inferno", vmin=0, vmax=highest, interpolation="nearest")
+            left.set_title(title, fontsize=7, loc="left", parse_math=False)
+        extend = "max" if maps.max() > highest else "neither"
+        figure.colorbar(heat, ax=axes, label="nats", extend=extend, aspect=12 * n_rows, pad=0.005)
+        return _picture(figure)
+
+
+def histogram(
+    sets: dict[str, np.ndarray], label: str, levels: dict[str, float] | None = None, title: str | None = None
+) -> Image.Image:
+    """How the values of each set, (n,) each, spread over the same bins, in percent of the set; its mean is a dashed line.
+
+    sets: by their names, which the legend shows with n and mean. label: what the values are, of the horizontal axis.
+    levels: values to draw a dotted line at.
+    """
+    values = np.concatenate(list(sets.values()))
+    # The bins suit the narrowest set (Freedman and Diaconis' width), within reason.
+    widths = [
+        2 * (np.quantile(found, 0.75) - np.quantile(found, 0.25)) / len(found) ** (1 / 3) for found in sets.values()
+    ]
+    n_bins = np.ptp(values) / max(min(widths), 1e-9)
+    edges = np.histogram_bin_edges(values, int(np.clip(n_bins, 10, 60)))
+    with _figure(figsize=(7, 4.2), layout="constrained") as (figure, axis):
+        for color, (name, found) in enumerate(sets.items()):
+            axis.hist(
+                found,
+                edges,
+                weights=np.full(len(found), 100 / len(found)),
+                color=f"C{color}",
+                alpha=0.6,
+                label=f"{name}\n{len(found):,} image{'s' if len(found) > 1 else ''}, mean {found.mean():.3f}",
+            )
+            axis.axvline(found.mean(), color=f"C{color}", linestyle="--", linewidth=1)
+        for name, level in (levels or {}).items():
+            axis.axvline(level, color="grey", linestyle=":", linewidth=1, label=f"{name}: {level:.3f}")
+        axis.set_xlabel(label)
+        axis.set_ylabel("images of the set, %")
+        figure.legend(loc="outside upper center", ncols=len(sets) + 1, fontsize=8, title=title, title_fontsize=9)
+        return _picture(figure)
+
+
+@contextmanager
+def _figure(*shape, **options):
+    """matplotlib's (figure, axes), without a display, closed at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4), dpi=120)
-    for key, label in (("loss", "training"), ("eval_nats_per_pixel", "held out")):
-        points = [(entry["images"], entry[key]) for entry in log_history if key in entry and "images" in entry]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=label, marker="." if key != "loss" else None)
-    labels: dict[float, str] = {}
-    for name, value in sorted((baselines or {}).items(), key=lambda item: item[1]):
-        axis.axhline(value, color="grey", linewidth=0.7, linestyle="--")
-        near = [other for other in labels if abs(other - value) < 0.03 * value]  # their labels would overlap
-        at = near[0] if near else value
-        labels[at] = (labels[at] + ", " if near else "") + name.replace("_", " ")
-    for value, label in labels.items():
-        axis.annotate(label, (1.01, value), xycoords=("axes fraction", "data"), fontsize=7, va="center")
-    axis.set_xlabel("images seen")
-    axis.set_ylabel("nats per pixel")
-    axis.legend()
-    figure.tight_layout()
+    figure, axes = plt.subplots(*shape, dpi=120, **options)
+    try:
+        yield figure, axes
+    finally:
+        plt.close(figure)
+
+
+def _picture(figure, pad: float = 1.08) -> Image.Image:
+    if figure.get_layout_engine() is None:
+        figure.tight_layout(pad=pad)
     figure.canvas.draw()
-    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-    plt.close(figure)
-    return picture
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")

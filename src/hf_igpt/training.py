@@ -1,7 +1,7 @@
-"""Pretraining: arguments as dataclasses, and `pretrain()`, which assembles transformers' `Trainer`.
+"""Training: arguments as dataclasses, and `pretrain()` and `finetune()`, which assemble transformers' `Trainer`.
 
-What is ours here: recipes from `presets`, the metric (per-image nats per pixel), progress in images, an end by the
-clock, a picture of samples at each evaluation.
+What is ours here: recipes from `presets`, metrics (nats per pixel and classes of each image), progress in images, an end by
+the clock, milestones, a picture at each evaluation.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -21,7 +21,14 @@ import transformers
 import yaml
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.image_utils import SizeDict
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, has_length
@@ -29,11 +36,21 @@ from transformers.utils.hub import PushInProgress
 
 from . import clusters, data, evaluation, generation, hub, plots
 from .configuration_imagegpt import ImageGPTConfig
-from .modeling_imagegpt import ImageGPTForCausalImageModeling
+from .modeling_imagegpt import (
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+    ImageGPTForMaskedImageModeling,
+)
 from .presets import (
     ADAM_BETAS,
     DIGITS_IMAGE_SIZE,
     DIGITS_N_COLORS,
+    EVALUATION_MASKS,
+    FINETUNING_EPOCHS,
+    FINETUNING_PATIENCE,
+    FINETUNING_RATE,
+    FINETUNING_SCHEDULE,
+    GENERATIVE_LOSS_WEIGHT,
     IMAGE_SIZE,
     N_COLORS,
     SIZES,
@@ -44,8 +61,10 @@ from .presets import (
 
 
 # What a run writes before its first checkpoint, the picture first; and what its end writes before the records.
-_BEGUN = {evaluation.RUN, "palette.png", "preprocessor_config.json", "samples", "runs"}
+_BEGUN = {evaluation.RUN, "palette.png", "preprocessor_config.json", "samples", "milestones", "runs"}
 _ENDED = {"config.json", "generation_config.json", "model.safetensors", "training_args.bin", "training.png"}
+_ENDED |= {"trainer_state.json", "confusion.png"}
+_MODELS = {"causal": ImageGPTForCausalImageModeling, "masked": ImageGPTForMaskedImageModeling}
 _REPEAT_BUFFER = 1000  # images of a stream that are mixed anew, so that its passes have different orders
 _PALETTE_PIXELS = 1_000_000  # sampled from all images, for a palette
 _WARMUP_SHARE = 0.1  # of training, at most, unless an argument says otherwise
@@ -87,10 +106,23 @@ class PretrainingArguments(TrainingArguments):
         default="tiny",
         metadata={"help": "Shape and recipe; any flag overrides a part of it.", "choices": list(SIZES)},
     )
-    max_minutes: float | None = field(
+    objective: str | None = field(
         default=None,
         metadata={
-            "help": "End after this many minutes; the learning rate decays by the clock if that is ahead of the steps."
+            "help": "causal: each pixel from those before it. masked: hidden pixels from all others, as BERT. Default: the "
+            "checkpoint's, or causal.",
+            "choices": list(_MODELS),
+        },
+    )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={"help": "End after this many minutes; a cosine decays by the clock if that is ahead of the steps."},
+    )
+    milestones: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Fractions of training at which the model is kept in milestones/: "0.065,0.131,0.262,0.524,1" (paper, '
+            "Figure 3)."
         },
     )
     warmup_steps: float | None = field(
@@ -175,20 +207,88 @@ class PretrainingArguments(TrainingArguments):
             raise ValueError("--label_smoothing_factor is not supported: the loss is the model's exact likelihood.")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"--max_minutes is positive; found {self.max_minutes}.")
-        if self.max_minutes is not None and self.lr_scheduler_type != "cosine":
+        if self.max_minutes is not None and self.lr_scheduler_type not in ("cosine", "constant"):
             raise ValueError("--max_minutes decays the learning rate by a cosine: leave --lr_scheduler_type out.")
+        self.milestone_fractions = _fractions(self.milestones)
         if self.prediction_loss_only:
             raise ValueError("--prediction_loss_only is not supported: nats per pixel are taken from the predictions.")
         if self.dataloader_persistent_workers:
             raise ValueError("--dataloader_persistent_workers is not supported: such workers repeat an epoch's crops.")
         if self._batch_from_preset:
-            parts = self.world_size * self.gradient_accumulation_steps * max(1, self.n_gpu)
-            if recipe.batch_size % parts:
-                raise ValueError(
-                    f"The preset's batch of {recipe.batch_size} images cannot be shared by {parts} (processes x "
-                    "accumulation steps): give --per_device_train_batch_size."
-                )
-            self.per_device_train_batch_size = recipe.batch_size // parts
+            self.share_batch(recipe.batch_size)
+
+    def share_batch(self, batch_size: int):
+        """Give each process and accumulation step its part of `batch_size` images."""
+        parts = self.world_size * self.gradient_accumulation_steps * max(1, self.n_gpu)
+        if batch_size % parts:
+            raise ValueError(
+                f"The preset's batch of {batch_size} images cannot be shared by {parts} (processes x "
+                "accumulation steps): give --per_device_train_batch_size."
+            )
+        self.per_device_train_batch_size = batch_size // parts
+
+
+def _fractions(text: str | None) -> list[float]:
+    try:
+        fractions = sorted({float(part) for part in text.split(",")}) if text else []
+    except ValueError as error:
+        raise ValueError(f"--milestones are fractions of training between commas; found {text!r}.") from error
+    if any(not 0 < fraction <= 1 for fraction in fractions):
+        raise ValueError(f"--milestones are fractions of training, over 0 and up to 1; found {text!r}.")
+    return fractions
+
+
+@dataclass
+class FinetuningArguments(PretrainingArguments):
+    """`PretrainingArguments` with the paper's fine-tuning as defaults [V2 3.4]."""
+
+    output_dir: str | None = field(default="outputs/finetune", metadata={"help": "Where everything is written."})
+    generative_loss_weight: float = field(
+        default=GENERATIVE_LOSS_WEIGHT,
+        metadata={"help": "Weight of the generative loss beside the classification loss; 0: classification alone."},
+    )
+    classifier_inputs: str = field(
+        default="sos",
+        metadata={
+            "help": "What a causal model reads: sos, the shifted pixels of pretraining, as OpenAI; raw, the pixels, as plain "
+            "transformers, which can then load the result.",
+            "choices": ["sos", "raw"],
+        },
+    )
+    num_masks: int = field(
+        default=EVALUATION_MASKS,
+        metadata={"help": "Masks of each test image of a masked model; the majority decides (paper 4.6)."},
+    )
+    early_stopping_patience: int | None = field(
+        default=FINETUNING_PATIENCE,
+        metadata={"help": "Stop after this many evaluations without a better validation accuracy; 0: never."},
+    )
+    lr_scheduler_type: str = field(
+        default=FINETUNING_SCHEDULE, metadata={"help": "Schedule of the learning rate (paper 3.4: constant)."}
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Default: a tenth of pretraining's (paper 3.4), or all of it from random weights."},
+    )
+    num_train_epochs: float | None = field(default=None, metadata={"help": f"Epochs. Default: {FINETUNING_EPOCHS}."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch."})
+    num_samples: int = field(default=0, metadata={"help": "Not used."})
+    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "Metric of the best model."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a greater metric is better."})
+
+    def __post_init__(self):
+        if self.num_train_epochs is None and self.max_steps is None:
+            self.num_train_epochs = FINETUNING_EPOCHS
+        if self.warmup_steps is None and self.warmup_epochs is None:
+            self.warmup_steps = 0
+        if not self.generative_loss_weight >= 0:
+            raise ValueError(f"--generative_loss_weight is at least 0; found {self.generative_loss_weight}.")
+        if self.num_masks < 1:
+            raise ValueError(f"--num_masks is at least 1; found {self.num_masks}.")
+        if self.milestones:
+            raise ValueError("--milestones are of pretraining: leave them out.")
+        super().__post_init__()
 
 
 class _Clock(TrainerCallback):
@@ -248,38 +348,117 @@ class _ImageProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None or "images" not in logs:
             return
-        for key, label in (("loss", "training"), ("eval_nats_per_pixel", "held out")):
-            if key in logs:
-                line = f"{logs['images']:>11,} images   {label} {logs[key]:.4f} nats/pixel"
-                line += f" ({logs[key] * evaluation.BITS_PER_NAT:.4f} bits)"
-                if "learning_rate" in logs:
-                    line += f"   learning rate {logs['learning_rate']:.2e}"
-                self.training_bar.write(line)
+        line = _line_of(logs)
+        if line:
+            rate = f"   learning rate {logs['learning_rate']:.2e}" if "learning_rate" in logs else ""
+            self.training_bar.write(f"{logs['images']:>11,} images   {line}{rate}")
+
+
+def _line_of(logs: dict) -> str | None:
+    """What log entries say in words; those of the end of training say nothing."""
+    bits = evaluation.BITS_PER_NAT
+    if "eval_accuracy" in logs:
+        return f"validation {100 * logs['eval_accuracy']:.1f} % right"
+    if "eval_nats_per_pixel" in logs:
+        nats = logs["eval_nats_per_pixel"]
+        return f"held out {nats:.4f} nats/pixel ({nats * bits:.4f} bits)"
+    if "classification_loss" in logs:
+        parts = f"{logs['classification_loss']:.4f} nats/image, {logs['generative_loss']:.4f} nats/pixel"
+        return f"training {logs['loss']:.4f} ({parts})"
+    if "bits_per_pixel" in logs:
+        return f"training {logs['loss']:.4f} nats/pixel ({logs['bits_per_pixel']:.4f} bits)"
+    return f"training {logs['loss']:.4f} nats/image" if "loss" in logs else None
 
 
 class _Samples(TrainerCallback):
-    """Draws a picture of samples at each evaluation, without touching the random state of training."""
+    """A picture at each evaluation: samples, or held-out images whose hidden pixels a masked model fills in."""
 
-    def __init__(self, processor, folder: Path):
-        self.processor, self.folder = processor, folder
+    def __init__(self, processor, held_out, folder: Path):
+        self.processor, self.held_out, self.folder = processor, held_out, folder
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if args.num_samples and state.is_world_process_zero:
+        if not (args.num_samples and state.is_world_process_zero):
+            return
+        if model.config.objective == "masked":
+            batch = data.collate_tokens(self.held_out.__getitems__(range(min(args.num_samples, len(self.held_out)))))
+            filled = generation.fill_in(model, batch["labels"], batch[data.MASK], seed=args.seed)
+            picture = plots.image_grid(
+                generation.picture_of_masks(self.processor, batch["labels"], batch[data.MASK], filled)
+            )
+        else:
             images = generation.sample(model, self.processor, args.num_samples, seed=args.seed, progress=False)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            plots.square_grid(images).save(self.folder / f"step-{state.global_step:07d}.png")
+            picture = plots.square_grid(images)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        picture.save(self.folder / f"step-{state.global_step:07d}.png")
 
 
-class PretrainingTrainer(Trainer):
-    """`Trainer` whose logs also say bits per pixel and images seen, and whose schedule can follow a clock."""
+class _Milestones(TrainerCallback):
+    """Keeps the model at fractions of training, by steps or by the clock, each with its held-out loss as a record."""
+
+    def __init__(self, fractions: list[float], clock: _Clock | None, keep):
+        self.fractions, self.clock, self.keep = fractions, clock, keep
+
+    def _progress(self, state) -> float:
+        return max(state.global_step / state.max_steps, self.clock.fraction() if self.clock else 0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.pending = [fraction for fraction in self.fractions if fraction > self._progress(state)]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        reached = [fraction for fraction in self.pending if fraction <= self._progress(state)]
+        if reached:
+            self.pending = self.pending[len(reached) :]
+            self.keep()
+
+
+class ImageGPTTrainer(Trainer):
+    """`Trainer` that evaluates image by image, logs both parts of a joint loss and images seen, and may follow a clock."""
 
     clock: _Clock | None = None
+
+    def __init__(self, model, **kwargs):
+        super().__init__(model, **kwargs)
+        self.classifies = isinstance(model, ImageGPTForImageClassification)
+        self._parts, self._parts_since = {}, 0  # sums over steps of the parts of the loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.classifies and outputs.classification_loss is not None:
+            if not self._parts:
+                self._parts_since = self.state.global_step
+            averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+            scale = self.accelerator.num_processes if averaged else 1  # as Trainer does with the loss
+            for name in ("classification_loss", "generative_loss"):
+                self._parts[name] = self._parts.get(name, 0) + outputs[name].detach().mean() * scale
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(loss, values of each image (B,), labels (B,)): nats per pixel, or for classifiers the class they say.
+
+        A joint classifier's values are (class, nats per pixel). Whole logits of all images would not fit in memory.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        labels = inputs["labels"]
+        if not self.classifies:
+            nats = evaluation.nats_per_image(outputs.logits, labels, inputs.get(data.MASK))
+            return outputs.loss, nats, labels[:, 0]
+        classes = outputs.logits.argmax(dim=-1)
+        if outputs.generative_nats is None:
+            return outputs.loss, classes, labels
+        return outputs.loss, (classes, outputs.generative_nats), labels
 
     def log(self, logs, start_time=None):
         logs["images"] = self.images_seen(self.state.global_step)
         if self.clock is not None:
             logs["minutes"] = self.clock.elapsed
-        for name, bits in (("loss", "bits_per_pixel"), ("eval_nats_per_pixel", "eval_bits_per_pixel")):
+        if "loss" in logs and self._parts:
+            for name, total in self._parts.items():
+                logs[name] = self.accelerator.gather(total).mean().item() / (self.state.global_step - self._parts_since)
+            self._parts = {}
+        names = {"eval_nats_per_pixel": "eval_bits_per_pixel"} | ({} if self.classifies else {"loss": "bits_per_pixel"})
+        for name, bits in names.items():
             if name in logs:
                 logs[bits] = logs[name] * evaluation.BITS_PER_NAT
         super().log(logs, start_time)
@@ -326,7 +505,7 @@ class PretrainingTrainer(Trainer):
         )
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        if self.clock is None:
+        if self.clock is None or self.args.lr_scheduler_type != "cosine":
             return super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
 
@@ -421,101 +600,269 @@ def check_output_dir(args: PretrainingArguments) -> str | None:
 def pretrain(
     model_args: ModelArguments, data_args: data.DataArguments, args: PretrainingArguments
 ) -> list[evaluation.Record]:
-    """Pretrain an Image GPT autoregressively and write it to `args.output_dir`; returns what was measured.
+    """Pretrain an Image GPT, causal or masked, and write it to `args.output_dir`; returns what was measured.
 
-    Written: the best model with its processor; checkpoints (the last, the best) likewise; `samples/` with a picture
-    for each evaluation; `palette.png`, `training.png`; and last `records.json`. An unfinished run in `output_dir` is
-    resumed. Everything that can be wrong with the arguments is a ValueError before training starts.
+    Written: the best model with its processor; checkpoints (the last, the best) and milestones likewise; `samples/` with a
+    picture for each evaluation; `palette.png`, `training.png`; and last `records.json`. An unfinished run in
+    `output_dir` is resumed. Everything that can be wrong with the arguments is a ValueError before training starts.
     """
+    checkpoint = _begin(args)
+    folder = Path(args.output_dir)
+    with args.main_process_first(desc="images"):
+        splits = data.load_images(data_args, seed=args.seed)
+    _check_enough(args, data_args, splits["train"])
+    processor = _processor(model_args, data_args, args, checkpoint, splits["train"])
+    model = _model(model_args, args, processor)
+    objective = model.config.objective
+    identity = _identity(model_args, data_args)
+    if checkpoint:
+        _check_same_run(checkpoint, model.config, args, identity)
+    if args.learning_rate is None:
+        args.learning_rate = SIZES[args.size].learning_rate_for(objective, processor.token_grid()[0])
+    train, held_out, reference = _tokens(splits, processor, data_args, args, objective == "masked")
+    _set_steps(args, data_args.streaming, train)
+    _write_beginning(args, processor, identity, _recipe(model_args, data_args, args, model, train))
+
+    clock = None if args.max_minutes is None else _Clock(args.max_minutes, args.device)
+    samples = _Samples(processor, held_out, folder / "samples")
+    trainer = _trainer(args, model, train, held_out, processor, clock, [samples])
+
+    def measured(prefix):
+        # Not `evaluate`, whose result would be logged, drawn and sampled as a step's.
+        nats = trainer.predict(held_out, metric_key_prefix=prefix).metrics[f"{prefix}_nats_per_pixel"]
+        step = None if prefix == "final" else trainer.state.global_step
+        return _record(
+            trainer,
+            "nats_per_pixel",
+            nats,
+            evaluation.data_of(data_args.name(), processor),
+            "held out",
+            held_out,
+            step,
+        )
+
+    def keep_milestone():
+        place = folder / "milestones" / f"step-{trainer.state.global_step:07d}"
+        with torch.random.fork_rng(devices=[]):  # training goes on as if nothing had been measured
+            record = measured("milestone")
+        trainer.save_model(str(place), _internal_call=True)
+        if args.should_save:
+            evaluation.write_records(place / evaluation.RECORDS, [record])
+
+    if args.milestone_fractions:
+        trainer.add_callback(_Milestones(args.milestone_fractions, clock, keep_milestone))
+    _say_what(args, trainer, data_args, processor, len(held_out), "held out")
+    _train(trainer, checkpoint)
+    records = [measured("final")]
+    records += [
+        replace(records[0], value=value, model=f"{name} counts", baseline=True, settings={})
+        for name, value in reference.items()
+    ]
+    if args.should_save:
+        curve_baselines = {name: value for name, value in reference.items() if name != "uniform"}
+        plots.training_curve(trainer.state.log_history, curve_baselines).save(folder / "training.png")
+        evaluation.write_records(folder / evaluation.RECORDS, records)
+    _summary(args, records, objective)
+    _finish(trainer)
+    return records
+
+
+def finetune(
+    model_args: ModelArguments, data_args: data.DataArguments, args: FinetuningArguments
+) -> list[evaluation.Record]:
+    """Fine-tune an Image GPT to classify, by L_CLF + weight · L_GEN [V2 2.3], and write it to `args.output_dir`.
+
+    Without `model_name_or_path` it starts from random weights, the paper's baseline. The model of the best validation
+    accuracy is kept; the test split is read once, at the end. Written beside what `pretrain` writes: `confusion.png`.
+    Returns what was measured.
+    """
+    checkpoint = _begin(args)
+    folder = Path(args.output_dir)
+    with args.main_process_first(desc="images"):
+        splits = data.load_labelled_images(data_args, seed=args.seed)
+    names = splits["train"].features[data.LABEL].names
+    config = _finetuned_config(model_args, args, names)  # None: a new model
+    processor = _processor(model_args, data_args, args, checkpoint, splits["train"])
+    model = _classifier(model_args, args, processor, config, names)
+    identity = _identity(model_args, data_args)
+    if checkpoint:
+        _check_same_run(checkpoint, model.config, args, identity)
+    _set_finetuning_recipe(args, model.config, processor.token_grid()[0], pretrained=config is not None)
+    _check_enough(args, data_args, splits["train"])
+    masked = model.config.objective == "masked"
+    train, validation, _ = _tokens(splits, processor, data_args, args, masked, counting=False)
+    test = _held_out_tokens(splits["test"], processor, data_args, "Tokenising test images")
+    _set_steps(args, False, train)
+    _write_beginning(args, processor, identity, _recipe(model_args, data_args, args, model, train))
+
+    clock = None if args.max_minutes is None else _Clock(args.max_minutes, args.device)
+    stopping = args.load_best_model_at_end and args.early_stopping_patience
+    callbacks = [EarlyStoppingCallback(args.early_stopping_patience)] if stopping else []
+    trainer = _trainer(args, model, train, validation, processor, clock, callbacks)
+    _say_what(args, trainer, data_args, processor, f"{len(validation):,} for validation, {len(test):,}", "for the test")
+    _train(trainer, checkpoint)
+
+    draws = []  # of masks: (class of each image, nats per pixel or None)
+    for draw in range(args.num_masks if masked else 1):
+        rows = data.ImageTokens(test, processor, masked=masked, seed=args.seed + draw)
+        values = trainer.predict(rows, metric_key_prefix="test").predictions
+        draws.append(values if isinstance(values, tuple) else (values, None))
+    labels = np.asarray(test[data.LABEL])
+    votes = evaluation.majority_vote(np.stack([classes for classes, _ in draws]), args.seed)
+    best_validation = trainer.predict(validation, metric_key_prefix="validation").metrics["validation_accuracy"]
+    data_name = evaluation.data_of(data_args.name(), processor, f"{len(names)} classes")
+
+    def record(metric, value, split, rows, **settings):
+        return _record(
+            trainer,
+            metric,
+            value,
+            data_name,
+            split,
+            rows,
+            settings=_finetuning_settings(args, config, **settings),
+        )
+
+    masks = len(draws) if masked else 0
+    records = [record("accuracy", evaluation.accuracy(votes, labels), "test", test, masks=masks)]
+    if masks > 1:
+        records.append(record("accuracy", evaluation.accuracy(draws[0][0], labels), "test", test, masks=1))
+    records.append(record("accuracy", best_validation, "validation", validation, masks=min(masks, 1)))
+    if draws[0][1] is not None:
+        nats = float(np.mean([nats for _, nats in draws], dtype=np.float64))
+        records.append(record("nats_per_pixel", nats, "test", test, masks=masks))
+    commonest = np.bincount(splits["train"][data.LABEL]).argmax()
+    share = float(np.mean(labels == commonest))
+    records.append(replace(records[0], value=share, model=f'always "{names[commonest]}"', baseline=True, settings={}))
+    if args.should_save:
+        plots.confusion_matrix(labels, votes, names).save(folder / "confusion.png")
+        plots.accuracy_curve(trainer.state.log_history).save(folder / "training.png")
+        evaluation.write_records(folder / evaluation.RECORDS, records)
+    _say(args, "")
+    for found in records:
+        value = f"{100 * found.value:.2f} %" if found.unit == "fraction" else f"{found.value:.4f} {found.unit}"
+        masked_by = f", {found.settings['masks']} masks" if found.settings.get("masks") else ""
+        _say(args, f"  {value:>18}  {found.split}{masked_by}: {found.model.split(',')[0]}")
+    _say(args, f"\nWrote the classifier, confusion.png, training.png and records to {args.output_dir}")
+    _say(args, f'Next: pipeline("image-classification", "{args.output_dir}")("picture.png"), after import hf_igpt')
+    _finish(trainer)
+    return records
+
+
+def _begin(args: PretrainingArguments) -> str | None:
+    """Check the output folder, seed, and say so; returns the checkpoint to go on from."""
     checkpoint = check_output_dir(args)
     set_seed(args.seed)
     _say(args, f"Process {args.process_index} of {args.world_size} on {args.device}, seed {args.seed}")
     if checkpoint:
         _say(args, f"Resuming from {checkpoint}")
-    folder = Path(args.output_dir)
-    with args.main_process_first(desc="images"):
-        splits = data.load_images(data_args, seed=args.seed)
-    if not data_args.streaming and len(splits["train"]) < _images_per_step(args):
+    return checkpoint
+
+
+def _check_enough(args, data_args, images):
+    if not data_args.streaming and len(images) < _images_per_step(args):
         raise ValueError(
-            f"{len(splits['train'])} training images are fewer than one step's {_images_per_step(args)}: lower "
+            f"{len(images)} training images are fewer than one step's {_images_per_step(args)}: lower "
             "--per_device_train_batch_size or give more images."
         )
-    processor = _processor(model_args, data_args, args, checkpoint, splits["train"])
-    model = _model(model_args, args, processor)
-    identity = _identity(model_args, data_args)
-    if checkpoint:
-        _check_same_run(checkpoint, model.config, args, identity)
-    train, held_out, reference = _tokens(splits, processor, data_args, args)
-    _set_steps(args, data_args.streaming, train, processor.token_grid()[0])
-    if args.should_save:  # from here on everything has been checked
+
+
+def _write_beginning(args, processor, identity: str, recipe: dict):
+    """What a run leaves before its first step; from here on everything has been checked."""
+    if args.should_save:
+        folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         plots.palette_picture(processor.clusters).save(folder / "palette.png")
         processor.save_pretrained(folder)
-        recipe = _recipe(model_args, data_args, args, model, train)
         (folder / evaluation.RUN).write_text(json.dumps({"identity": identity, "recipe": recipe}, indent=1) + "\n")
 
-    clock = None if args.max_minutes is None else _Clock(args.max_minutes, args.device)
-    trainer = PretrainingTrainer(
+
+def _trainer(args, model, train, held_out, processor, clock, callbacks) -> ImageGPTTrainer:
+    classifies = isinstance(model, ImageGPTForImageClassification)
+    trainer = ImageGPTTrainer(
         model=model,
         args=args,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=data.collate_tokens,
+        data_collator=data.collate_classified if classifies else data.collate_tokens,
         processing_class=processor,
-        preprocess_logits_for_metrics=_per_image_nats,
-        compute_metrics=_held_out_metrics,
-        callbacks=[_Samples(processor, folder / "samples")] + ([clock] if clock else []),
+        compute_metrics=_classification_metrics if classifies else _held_out_metrics,
+        callbacks=callbacks + ([clock] if clock else []),
     )
     trainer.clock = clock
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_ImageProgress(trainer.images_seen))
+    return trainer
+
+
+def _say_what(args, trainer, data_args, processor, n_held_out, held_out: str):
+    grid = "x".join(map(str, processor.token_grid()))
     _say(
         args,
-        f"Training {model.num_parameters():,} parameters ({args.size}) on {data_args.name()}: "
-        f"{processor.token_grid()[0]}x{processor.token_grid()[1]} pixels, {len(processor.clusters)} colours, "
-        f"{_images_per_step(args)} images a step"
-        + ("" if data_args.streaming else f", {len(train):,} images, {len(held_out):,} held out"),
+        f"Training {trainer.model.num_parameters():,} parameters ({trainer.model.config.objective}) on {data_args.name()}: "
+        f"{grid} pixels, {len(processor.clusters)} colours, {_images_per_step(args)} images a step"
+        + ("" if data_args.streaming else f", {len(trainer.train_dataset):,} images, {n_held_out} {held_out}"),
     )
+
+
+def _train(trainer: ImageGPTTrainer, checkpoint: str | None):
+    """Train, and save the model and the log; the pushing of it is left to `_finish`, for it needs the records."""
     trainer.train(resume_from_checkpoint=checkpoint)
-    if clock and trainer.state.global_step < trainer.state.max_steps:
+    if trainer.clock and trainer.state.global_step < trainer.state.max_steps and trainer.clock.fraction() >= 1:
         seen, planned = map(trainer.images_seen, (trainer.state.global_step, trainer.state.max_steps))
-        _say(args, f"Stopped by --max_minutes {args.max_minutes:g} after {seen:,} of {planned:,} images.")
-    trainer.save_model(_internal_call=True)  # pushed below, with its records
-    # Not `evaluate`, whose result would be logged, drawn and sampled as the last step's, where this is the best one's.
-    nats = trainer.predict(held_out, metric_key_prefix="final").metrics["final_nats_per_pixel"]
-    records = _records(nats, reference, held_out, trainer, data_args, model_args)
-    if args.should_save:
-        curve_baselines = {name: value for name, value in reference.items() if name != "uniform"}
-        plots.training_curve(trainer.state.log_history, curve_baselines).save(folder / "training.png")
-        evaluation.write_records(folder / evaluation.RECORDS, records)
-    _summary(args, records)
-    if args.push_to_hub:
+        limit = f"--max_minutes {trainer.args.max_minutes:g}"
+        _say(trainer.args, f"Stopped by {limit} after {seen:,} of {planned:,} images.")
+    trainer.save_model(_internal_call=True)
+    trainer.save_state()
+
+
+def _finish(trainer: ImageGPTTrainer):
+    if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()  # what the main process writes is there when any returns
-    return records
 
 
 def _recipe(model_args, data_args, args, model, train) -> dict:
     """How a model is trained, for its card: plain values, no path of this machine."""
-    pieces = {"random crops": data_args.random_crop, "random flips": data_args.random_flip}
+    pieces = {
+        "random crops": data_args.random_crop,
+        "random windows of a reflected border": data_args.pad_crop,
+        "random flips": data_args.random_flip,
+    }
     limit = None if args.max_minutes is None else f", {args.max_minutes:g} minutes at most"
     epochs = "" if args.max_steps > 0 else f" ({args.num_train_epochs:g} epochs)"
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * _steps_per_epoch(args, train))
     precision = next((name for name, on in (("bfloat16", args.bf16), ("float16", args.fp16)) if on), None)
-    return {
+    classification = {}
+    if isinstance(args, FinetuningArguments):
+        classification = {
+            "classes": f"{model.config.num_labels}",
+            "loss": f"classification + {args.generative_loss_weight:g} x generative"
+            if args.generative_loss_weight
+            else "classification",
+        }
+        if model.config.objective == "causal":
+            classification["classifier inputs"] = {"sos": "SOS first, as in pretraining", "raw": "raw pixels"}[
+                args.classifier_inputs
+            ]
+    return classification | {
         "objective": model.config.objective,
-        "size": args.size if not (model_args.model_name_or_path or model_args.config_overrides) else "custom",
+        "size": evaluation.size_of(model.config) or "custom",
         "data": data_args.name(),
         "hub dataset": data_args.hub_dataset(),
         "training images": f"{len(train):,}" if has_length(train) else "a stream",
         "augmentation": ", ".join(name for name, on in pieces.items() if on) or "none",
-        "palette": "given" if model_args.image_processor_name else "fitted to the training images",
+        "palette": "given"
+        if model_args.image_processor_name
+        else "the checkpoint's"
+        if model_args.model_name_or_path
+        else "fitted to the training images",
         "started from": "an earlier checkpoint" if model_args.model_name_or_path else "random weights",
         "batch": f"{_images_per_step(args)} images",
         "steps": f"{steps:,}{epochs}{limit or ''}",
         "optimiser": f"AdamW, betas {args.adam_beta1:g} and {args.adam_beta2:g}, weight decay {args.weight_decay:g}",
-        "learning rate": f"{args.learning_rate:g}, {args.warmup_steps:g} steps of warm-up, then {args.lr_scheduler_type.value}",
+        "learning rate": f"{args.learning_rate:g}, {args.warmup_steps:g} steps of warm-up, then {args.lr_scheduler_type.value.replace('_', ' ')}",
         "precision": f"{precision} autocast" if precision else "float32",
         "seed": args.seed,
     }
@@ -581,37 +928,138 @@ def _processor(model_args, data_args, args, checkpoint, train_images):
     return make_processor(palette, _image_size(data_args), data_args.center_crop is not False)
 
 
-def _model(model_args, args, processor):
+def _new_config(model_args, args, processor, **fields) -> ImageGPTConfig:
+    """Of `args.size` for the processor's images, with `fields` and --config_overrides."""
     height, width = processor.token_grid()
-    options = {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
-    if model_args.model_name_or_path:
-        if model_args.config_overrides:
-            raise ValueError("--config_overrides is for new models: leave it or --model_name_or_path out.")
-        source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
-        model = ImageGPTForCausalImageModeling.from_pretrained(model_args.model_name_or_path, **source, **options)
+    fields |= {"objective": args.objective or "causal"}
+    config = ImageGPTConfig.from_preset(args.size, image_size=height, n_colors=len(processor.clusters), **fields)
+    config.n_positions = height * width
+    if model_args.config_overrides:
+        known = config.to_dict()
+        config.update_from_string(model_args.config_overrides)
+        changed = {name: getattr(config, name) for name in known if hasattr(config, name)}
+        config = ImageGPTConfig.from_dict(changed)  # checked again as a whole
+    return config
+
+
+def _source(model_args) -> dict:
+    return {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
+
+
+def _trained_config(model_args, args) -> ImageGPTConfig | None:
+    """The configuration of the checkpoint that is gone on from; None for a new model."""
+    if not model_args.model_name_or_path:
+        return None
+    if model_args.config_overrides:
+        raise ValueError("--config_overrides is for new models: leave it or --model_name_or_path out.")
+    config = ImageGPTConfig.from_pretrained(model_args.model_name_or_path, **_source(model_args))
+    if args.objective not in (None, config.objective):
+        raise ValueError(
+            f"--objective {args.objective}: the weights of {model_args.model_name_or_path} are {config.objective}."
+        )
+    return config
+
+
+def _attention(model_args) -> dict:
+    return {} if model_args.attn_implementation is None else {"attn_implementation": model_args.attn_implementation}
+
+
+def _model(model_args, args, processor):
+    config = _trained_config(model_args, args)
+    if config is None:
+        config = _new_config(model_args, args, processor)
+        model = _MODELS[config.objective]._from_config(config, **_attention(model_args))
     else:
-        config = ImageGPTConfig.from_preset(args.size, image_size=height, n_colors=len(processor.clusters))
-        config.n_positions = height * width
-        if model_args.config_overrides:
-            fields = config.to_dict()
-            config.update_from_string(model_args.config_overrides)
-            changed = {name: getattr(config, name) for name in fields if hasattr(config, name)}
-            config = ImageGPTConfig.from_dict(changed)  # checked again as a whole
-        model = ImageGPTForCausalImageModeling._from_config(config, **options)
+        model = _MODELS[config.objective].from_pretrained(
+            model_args.model_name_or_path, **_source(model_args), **_attention(model_args)
+        )
     processor.check_fits(model.config)
     return model
 
 
-def _tokens(splits, processor, data_args, args):
+def _head_fields(args, objective: str, names: list[str]) -> dict:
+    """What a classifier's configuration says beside a pretrained model's."""
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+        "sos_inputs": objective == "causal" and args.classifier_inputs == "sos",
+        "generative_loss_weight": args.generative_loss_weight,
+    }
+
+
+def _finetuned_config(model_args, args, names: list[str]) -> ImageGPTConfig | None:
+    """The checkpoint's configuration, made a classifier's; None for a new model. ValueError if its head is of other classes."""
+    config = _trained_config(model_args, args)
+    if config is None:
+        return None
+    if (config.architectures or [None])[0] == "ImageGPTForImageClassification":
+        known = [config.id2label[index] for index in range(config.num_labels)]
+        generic = [f"LABEL_{index}" for index in range(len(names))]
+        if known not in (names, generic):
+            raise ValueError(
+                f"{model_args.model_name_or_path} classifies {_some(known)}; the images have {_some(names)}: start from a "
+                "pretrained model, whose head is new."
+            )
+    for name, value in _head_fields(args, config.objective, names).items():
+        setattr(config, name, value)
+    return config
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} classes ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+
+
+def _classifier(model_args, args, processor, config: ImageGPTConfig | None, names: list[str]):
+    if config is None:
+        fields = _head_fields(args, args.objective or "causal", names)
+        config = _new_config(model_args, args, processor, **fields)
+        model = ImageGPTForImageClassification._from_config(config, **_attention(model_args))
+    else:
+        model = ImageGPTForImageClassification.from_pretrained(
+            model_args.model_name_or_path,
+            config=config,
+            ignore_mismatched_sizes=True,  # a converted checkpoint may hold a head of other classes
+            **_source(model_args),
+            **_attention(model_args),
+        )
+    processor.check_fits(model.config)
+    return model
+
+
+def _set_finetuning_recipe(args: FinetuningArguments, config: ImageGPTConfig, image_size: int, pretrained: bool):
+    """Batch and learning rate from the preset of the model's shape, or else of --size."""
+    recipe = SIZES[evaluation.size_of(config) or args.size]
+    if args._batch_from_preset:
+        args.share_batch(recipe.batch_size)
+    if args.learning_rate is None:
+        rate = recipe.learning_rate_for(config.objective, image_size)
+        args.learning_rate = rate * FINETUNING_RATE if pretrained else rate
+
+
+def _finetuning_settings(args: FinetuningArguments, config: ImageGPTConfig | None, masks: int) -> dict:
+    return {
+        "started from": "random weights" if config is None else "pretrained",
+        "generative loss weight": args.generative_loss_weight,
+        "classifier inputs": args.classifier_inputs,
+        "masks": masks,
+    }
+
+
+def _held_out_tokens(images, processor, data_args, desc: str):
+    options = {"on_bad_image": data_args.on_bad_image, "num_proc": data_args.preprocessing_num_workers}
+    return data.tokenize(images, processor, desc=desc, **options)
+
+
+def _tokens(splits, processor, data_args, args, masked: bool, counting: bool = True):
     """Training and held-out rows of tokens, and the counting baselines where all tokens are at hand."""
     tokenizing = {"on_bad_image": data_args.on_bad_image, "num_proc": data_args.preprocessing_num_workers}
     with args.main_process_first(desc="tokens"):
-        held_out = data.tokenize(splits["validation"], processor, desc="Tokenising held-out images", **tokenizing)
+        held_out = _held_out_tokens(splits["validation"], processor, data_args, "Tokenising held-out images")
+        held_out_rows = data.ImageTokens(held_out, processor, masked=masked, seed=args.seed)
         if data_args.streaming:
             # One endless epoch, so that a resumed run skips what the interrupted one has read.
             train = splits["train"].repeat(None).shuffle(seed=args.seed, buffer_size=_REPEAT_BUFFER)
-            train = data.stream_tokens(train, processor, data_args)
-            return train, data.ImageTokens(held_out, processor), {}
+            return data.stream_tokens(train, processor, data_args, masked), held_out_rows, {}
         images = splits["train"]
         if data_args.random_crop and data_args.on_bad_image == "skip":
             images = data.readable(images, data_args.preprocessing_num_workers)
@@ -621,13 +1069,16 @@ def _tokens(splits, processor, data_args, args):
             else data.tokenize(images, processor, desc="Tokenising training images", **tokenizing)
         )
     reference = {}
-    if tokens is not None and args.should_log:
+    if counting and tokens is not None and args.should_log:
         counted = [data.token_array(_evenly(part, _BASELINE_TOKENS)) for part in (tokens, held_out)]
         reference = evaluation.baselines(*counted, processor.token_grid()[1], len(processor.clusters))
+    if masked:  # of what is known beside a hidden pixel, these know nothing or its place
+        reference = {name: value for name, value in reference.items() if not name.startswith("left")}
+    augmentation = {name: getattr(data_args, name) for name in ("random_crop", "random_flip", "pad_crop")}
     train = data.ImageTokens(
-        images if tokens is None else tokens, processor, data_args.random_crop, data_args.random_flip, args.seed
+        images if tokens is None else tokens, processor, masked=masked, seed=args.seed, **augmentation
     )
-    return train, data.ImageTokens(held_out, processor), reference
+    return train, held_out_rows, reference
 
 
 def _evenly(tokens, n_tokens: int):
@@ -636,12 +1087,10 @@ def _evenly(tokens, n_tokens: int):
     return tokens.select(range(0, len(tokens), step))
 
 
-def _set_steps(args, streaming, train, image_size):
-    """Fill in what depends on the preset, the size of an epoch and the image size."""
+def _set_steps(args, streaming, train):
+    """Fill in what depends on the size of an epoch."""
     if streaming and args.max_steps <= 0:
         raise ValueError("A stream has no length: give --max_steps.")
-    if args.learning_rate is None:
-        args.learning_rate = SIZES[args.size].learning_rate_for("causal", image_size)
     steps_per_epoch = None if streaming else _steps_per_epoch(args, train)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     if args._warmup_unset and streaming:
@@ -657,45 +1106,51 @@ def _set_steps(args, streaming, train, image_size):
         args.save_steps = max(1, round(args.save_steps / args.eval_steps)) * args.eval_steps  # each has its evaluation
 
 
-def _per_image_nats(logits, labels):
-    return evaluation.nats_per_image(logits[0] if isinstance(logits, tuple) else logits, labels)
-
-
 def _held_out_metrics(prediction) -> dict[str, float]:
     """Mean over images, gathered over all processes: exact also where the last batches are ragged."""
     return {"nats_per_pixel": float(np.mean(prediction.predictions, dtype=np.float64))}
 
 
-def _records(nats, reference, held_out, trainer, data_args, model_args) -> list[evaluation.Record]:
+def _classification_metrics(prediction) -> dict[str, float]:
+    """Accuracy, and the mean nats per pixel where the loss is joint."""
+    values = prediction.predictions
+    classes, nats = values if isinstance(values, tuple) else (values, None)
+    metrics = {"accuracy": evaluation.accuracy(classes, prediction.label_ids)}
+    return metrics if nats is None else metrics | {"nats_per_pixel": float(np.mean(nats, dtype=np.float64))}
+
+
+def _record(trainer, metric, value, data_name, split, rows, step=None, settings=None) -> evaluation.Record:
+    """A record of the trainer's model: as it was at `step`, or None: the best one, or the last where none was chosen."""
     state, config = trainer.state, trainer.model.config
-    common = {
-        "unit": "nats/pixel",
-        "split": "held out",
-        "n": len(held_out),
-        "seed": trainer.args.seed,
-        "data": f"{data_args.name()}, {held_out.processor.token_grid()[0]}x{held_out.width}, "
-        f"{len(held_out.processor.clusters)} colours",
-    }
-    preset = not (model_args.model_name_or_path or model_args.config_overrides)
-    size = trainer.args.size if preset else f"{config.n_layer} x {config.n_embd}"
+    size = evaluation.size_of(config) or f"{config.n_layer} x {config.n_embd}"
     best = trainer.args.load_best_model_at_end and state.best_global_step
-    name = f"Image GPT {size}, {trainer.model.num_parameters():,} parameters, "
-    name += f"{trainer.images_seen(best or state.global_step):,} images seen"
-    records = [evaluation.Record(metric="nats_per_pixel", value=nats, model=name, **common)]
-    for key, value in reference.items():
-        records.append(
-            evaluation.Record(metric="nats_per_pixel", value=value, model=f"{key} counts", baseline=True, **common)
-        )
-    return records
+    seen, parameters = trainer.images_seen(step or best or state.global_step), trainer.model.num_parameters()
+    masked = "masked " if config.objective == "masked" else ""
+    return evaluation.Record(
+        metric=metric,
+        value=float(value),
+        unit={"nats_per_pixel": "nats/pixel", "accuracy": "fraction"}[metric],
+        split=split,
+        n=len(rows),
+        seed=trainer.args.seed,
+        model=f"Image GPT {masked}{size}, {parameters:,} parameters, {seen:,} images seen",
+        data=data_name,
+        settings={"objective": config.objective, "size": size, "parameters": parameters, "images seen": seen}
+        | (settings or {}),
+    )
 
 
-def _summary(args, records):
-    _say(args, "\nHeld-out nats per pixel (bits per pixel), lower is better:")
+def _summary(args, records, objective: str):
+    of = " of hidden pixels" if objective == "masked" else ""
+    _say(args, f"\nHeld-out nats per pixel (bits per pixel){of}, lower is better:")
     for record in sorted(records, key=lambda record: record.value):
         name = record.model.split(",")[0].replace("_", " ")
         _say(args, f"  {record.value:8.4f} ({record.value * evaluation.BITS_PER_NAT:.4f})  {name}")
     _say(args, f"\nWrote the model, its palette, pictures (samples/, training.png) and records to {args.output_dir}")
-    _say(args, f"Next: python scripts/run_sample.py --model_name_or_path {args.output_dir} --num_images 16")
+    if objective == "causal":
+        _say(args, f"Next: python scripts/run_sample.py --model_name_or_path {args.output_dir} --num_images 16")
+    else:
+        _say(args, f"Next: python scripts/run_finetune.py --model_name_or_path {args.output_dir}")
 
 
 @dataclass
@@ -757,14 +1212,19 @@ def fit_clusters(args: ClustersArguments, data_args: data.DataArguments) -> list
     return records
 
 
-def parse_arguments(*dataclasses, description: str):
-    """Command-line flags as instances of `dataclasses`. A first argument FILE.json, .yaml or .yml gives their defaults."""
+def parse_arguments(*dataclasses, description: str, first: str | None = None):
+    """Command-line flags as instances of `dataclasses`. A first argument FILE.json, .yaml or .yml gives their defaults.
+
+    first: the flag whose values may stand at the beginning without it.
+    """
     parser = HfArgumentParser(
         dataclasses, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags = sys.argv[1:]
     if flags and flags[0].endswith((".json", ".yaml", ".yml")):
         flags = _recipe_flags(Path(flags[0]), {action.dest for action in parser._actions} - {"help"}) + flags[1:]
+    if first and flags and not flags[0].startswith("-"):
+        flags = [f"--{first}", *flags]
     return parser.parse_args_into_dataclasses(flags)
 
 
@@ -790,14 +1250,14 @@ def _read_recipe(file: Path) -> dict:
     return recipe
 
 
-def run_script(function, *dataclasses, description: str):
+def run_script(function, *dataclasses, description: str, first: str | None = None):
     """Call `function` with what `parse_arguments` gives; what it refuses ends the program in one line and status 2."""
     transformers.utils.logging.disable_progress_bar()  # of loading and writing files; ours stay
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     name = Path(sys.argv[0]).name
     try:
-        function(*parse_arguments(*dataclasses, description=description))
+        function(*parse_arguments(*dataclasses, description=description, first=first))
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
