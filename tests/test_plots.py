@@ -4,7 +4,15 @@ import numpy as np
 from PIL import Image
 
 from hf_igpt.clusters import to_grey_levels
-from hf_igpt.plots import completions_picture, image_grid, palette_picture, square_grid, training_curve
+from hf_igpt.plots import (
+    completions_picture,
+    histogram,
+    image_grid,
+    palette_picture,
+    square_grid,
+    surprise_maps,
+    training_curve,
+)
 
 
 def test_grids_show_every_image_enlarged_without_smoothing():
@@ -25,3 +33,22 @@ def test_completions_and_curve_are_pictures():
     assert completions_picture([[image, image.convert("RGBA"), image]] * 2).width > 200
     history = [{"images": 16, "loss": 2.0}, {"images": 32, "loss": 1.5}, {"images": 32, "eval_nats_per_pixel": 1.6}]
     assert training_curve(history, {"unigram": 2.1}).size == (840, 480)
+
+
+def test_surprise_maps_show_images_as_they_are_in_one_scale():
+    images = [Image.fromarray(np.full((8, 8, 3), color, np.uint8)) for color in ((10, 200, 30), (30, 10, 200))]
+    maps = np.stack([np.zeros((8, 8)), np.full((8, 8), 5.0)])
+    one, two = surprise_maps(images[:1], maps[1:], ["cat\n5 nats"]), surprise_maps(images, maps, ["$a$", "b$"])
+    assert two.width > 1.5 * one.width and two.height == one.height
+    colors = {tuple(color) for color in np.asarray(two)[:, :-150].reshape(-1, 3)}  # without the scale
+    assert {(10, 200, 30), (30, 10, 200), (0, 0, 3), (252, 254, 164)} <= colors  # images; inferno's ends
+    many = surprise_maps(images * 5, np.concatenate([maps] * 5), ["title"] * 10)
+    assert many.height > 2.5 * two.height and many.width < 3 * two.width
+    assert surprise_maps(images[:1], np.zeros((1, 8, 8)), [""]).size == one.size
+
+
+def test_histogram_of_sets_and_of_one_value():
+    rng = np.random.default_rng(0)
+    sets = {"in": rng.normal(1, 0.1, 300), "out": rng.normal(4, 0.2, 20)}
+    for found in (sets, {"in": np.array([1.5])}, {"in": np.full(9, 1.5)}):
+        assert histogram(found, "nats per pixel", {"uniform": 2.77}, "AUROC 1").size == (840, 504)
