@@ -5,12 +5,16 @@ l = L; an image's feature is the mean over its N positions [V2 3.3, blog footnot
 [SOS, x_0 … x_{N-2}], as in training; a masked one all N pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 
 from .modeling_imagegpt import ImageGPTPreTrainedModel, check_tokens, shift_right
+from .presets import MASK_PROBABILITY
 
 
 def check_layers(config, layers: int | Sequence[int] | None) -> list[int]:
@@ -63,6 +67,121 @@ def features_of_tokens(
         for hook in hooks:
             hook.remove()
     return {layer: found[layer] for layer in layers}
+
+
+def extract(
+    model: ImageGPTPreTrainedModel,
+    inputs,
+    layers: int | Sequence[int] | None = None,
+    *,
+    processor=None,
+    batch_size: int = 64,
+    bf16: bool = False,
+    mask_seed: int | None = None,
+    progress: bool = True,
+) -> dict[int, torch.Tensor]:
+    """Features of many images by layer, each (n, D) float32 on the CPU, of one forward pass for all layers.
+
+    inputs: tokens (n, N) of colours 0..K-1 (torch, numpy, a column of a tokenised dataset), or with `processor` a list of
+    images as it takes them. layers: see `check_layers`. bf16: run the model in bfloat16 autocast; means are of float32.
+    mask_seed: of masked models: hide pixels as in training [V2 4.6], drawn image after image from this seed; None hides
+    nothing. Beside the model and one batch, only the features themselves take memory: `write_features` puts these on disk.
+    """
+    layers = check_layers(model.config, layers)
+    n_images = _count(inputs)
+    found = {layer: torch.empty(n_images, model.config.n_embd) for layer in layers}
+    start = 0
+    for batch in _batches(model, inputs, layers, processor, batch_size, bf16, mask_seed, progress):
+        for layer, feature in batch.items():
+            found[layer][start : start + len(feature)] = feature
+        start += len(next(iter(batch.values())))
+    return found
+
+
+def write_features(
+    path: str | Path, model: ImageGPTPreTrainedModel, inputs, layers: int | Sequence[int] | None = None, **options
+) -> Path:
+    """Write what `extract` returns to an Arrow file, batch by batch, whatever the number of images; returns `path`.
+
+    Columns `layer_0` … hold D float32 a row; `read_features` reads one of them, `datasets.Dataset.from_file` all. The
+    file appears whole or not at all. `options` are those of `extract`.
+    """
+    import pyarrow as pa
+
+    path = Path(path)
+    layers = check_layers(model.config, layers)
+    _count(inputs)
+    options = {"processor": None, "batch_size": 64, "bf16": False, "mask_seed": None, "progress": True} | options
+    row = pa.list_(pa.float32(), model.config.n_embd)
+    schema = pa.schema([(f"layer_{layer}", row) for layer in dict.fromkeys(layers)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for batch in _batches(model, inputs, layers, **options):
+                columns = [
+                    pa.FixedSizeListArray.from_arrays(pa.array(batch[layer].numpy().reshape(-1)), model.config.n_embd)
+                    for layer in dict.fromkeys(layers)
+                ]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_features(path: str | Path, layer: int) -> np.ndarray:
+    """Features (n, D) float32 of one layer, 0..L, of a file of `write_features`; the other layers are not read."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        table = pa.ipc.open_stream(file).read_all()
+        name = f"layer_{layer}"
+        if name not in table.column_names:
+            raise ValueError(f"{path} holds {', '.join(table.column_names)}, not {name}.")
+        return np.concatenate([chunk.flatten().to_numpy() for chunk in table[name].chunks]).reshape(len(table), -1)
+
+
+def layers_around(layer: int, n_layer: int, count: int) -> list[int]:
+    """`count` neighbouring layers of 0..L with `layer` in their middle, or as near to it as the ends allow.
+
+    The paper's 15,360 features of iGPT-XL are of 5 layers around the best [V2 Table 2].
+    """
+    if not 1 <= count <= n_layer + 1:
+        raise ValueError(f"Between 1 and {n_layer + 1} layers can be concatenated; found {count}.")
+    first = min(max(0, layer - count // 2), n_layer + 1 - count)
+    return list(range(first, first + count))
+
+
+def _count(inputs) -> int:
+    if len(inputs) == 0:
+        raise ValueError("No images: features need one at least.")
+    return len(inputs)
+
+
+@torch.no_grad()
+def _batches(model, inputs, layers, processor, batch_size, bf16, mask_seed, progress) -> Iterator[dict]:
+    """Pooled features of batch after batch, on the CPU."""
+    config, device = model.config, model.device
+    if mask_seed is not None and config.objective != "masked":
+        raise ValueError("mask_seed is of masked models; this one is causal.")
+    rng = None if mask_seed is None else np.random.default_rng(mask_seed)
+    training = model.training
+    model.eval()
+    try:
+        with tqdm(total=len(inputs), desc="Features", unit="image", disable=None if progress else True) as bar:
+            for start in range(0, len(inputs), batch_size):
+                batch = inputs[start : start + batch_size]
+                tokens = np.asarray(batch) if processor is None else np.asarray(processor(batch)["input_ids"])
+                mask = None if rng is None else torch.from_numpy(rng.random(tokens.shape) < MASK_PROBABILITY).to(device)
+                tokens = torch.from_numpy(tokens).to(device)
+                tokens = tokens if tokens.is_floating_point() else tokens.long()
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    features = features_of_tokens(model, tokens, layers, bool_masked_pos=mask)
+                yield {layer: feature.cpu() for layer, feature in features.items()}
+                bar.update(len(tokens))
+    finally:
+        model.train(training)
 
 
 class ImageGPTFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
