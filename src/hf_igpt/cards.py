@@ -1,10 +1,20 @@
-"""Model cards: one template, filled from a configuration, a recipe and records, and from nothing else."""
+"""Model cards, and reports of several runs: templates filled from records, recipes and configurations, and nothing else."""
 
+import base64
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment
 
+from . import data, plots, probing
 from .configuration_imagegpt import NEEDS_HF_IGPT, ImageGPTConfig
-from .evaluation import Record, markdown_table
-from .presets import ADAM_BETAS, IMAGE_SIZE, PUBLISHED, SIZES, WEIGHT_DECAY
+from .evaluation import RECORDS, SCORE, Record, markdown_table, read_records
+from .modeling_imagegpt import ImageGPTForCausalImageModeling
+from .presets import ADAM_BETAS, IMAGE_SIZE, N_COLORS, PUBLISHED, SIZES, WEIGHT_DECAY, Published
 
 
 _METRICS = {"nats_per_pixel": "nats per pixel", "accuracy": "accuracy"}  # those that model-index shows
@@ -135,7 +145,8 @@ def render(
     """
     name = repo_id.split("/")[-1]
     openai = _openai_size(config, recipe)
-    records = [*records, *(_published(figure) for figure in PUBLISHED if figure.size == openai)]
+    theirs = [f for f in PUBLISHED if (f.size, f.objective, f.image_size) == (openai, config.objective, IMAGE_SIZE)]
+    records = [*records, *map(_published, theirs)]
     heads = config.architectures
     task = _TASKS[heads[0]][0]
     causal, classes = (any(head.endswith(end) for head in heads) for end in ("CausalImageModeling", "Classification"))
@@ -205,7 +216,8 @@ def _recipe_of_openai(size: str | None) -> dict:
     }
 
 
-def _published(figure) -> Record:
+def _published(figure: Published) -> Record:
+    labels = f" with {figure.labels_per_class} labels per class" if figure.labels_per_class else ""
     return Record(
         metric="nats_per_pixel" if figure.task == "generation" else "accuracy",
         value=figure.value,
@@ -213,8 +225,8 @@ def _published(figure) -> Record:
         split="validation" if figure.data == "ILSVRC-2012" else "test",
         n={"ILSVRC-2012": 50_000, "STL-10": 8_000}.get(figure.data, 10_000),
         seed=None,
-        model=f"iGPT-{figure.size.upper()}, {figure.task}: OpenAI's figure ({figure.source})",
-        data=f"{figure.data}, 32x32, 512 colours",
+        model=f"iGPT-{figure.size.upper()}, {figure.task}{labels}: OpenAI's figure ({figure.source})",
+        data=f"{figure.data}, {figure.image_size}x{figure.image_size}, {N_COLORS} colours",
         revision="openai/image-gpt",
         hardware="OpenAI's",
         reference=figure.source,
@@ -263,3 +275,351 @@ def _data(recipe: dict, openai: str | None) -> str:
     if "converted from" in recipe:
         return "Converted from a TensorFlow checkpoint; its data are not known here."
     return f"Trained on {recipe['data']}." if "data" in recipe else "Nothing is known here of its data."
+
+
+# -- reports -----------------------------------------------------------------------------------------------------------
+
+
+_RUN_PICTURES = {  # file of a run's folder -> caption
+    "samples.png": "Images drawn by the model",
+    "completions.png": "Images given, their upper halves, completions",
+    "masked.png": "Images, what the masked model saw of them, and what it made of that",
+    "training.png": "The course of training",
+    "confusion.png": "Classes of the test images, and what the model says",
+    "probe/probe.png": "Validation accuracy of probes by layer",
+    "score/surprise.png": "Surprise of each pixel, in nats",
+    "score/histogram.png": "Nats per pixel of images",
+    "palette.png": "The palette, and a rainbow drawn with it",
+}
+_FIGURES = {  # file -> title, what it needs
+    "layers.png": ("Probe accuracy by layer (paper, Figure 2)", "probes: run_linear_probe.py"),
+    "loss-and-probe.png": (
+        "Generative loss against probe accuracy over training (paper, Figure 3)",
+        "run_pretrain.py --milestones, then run_linear_probe.py --milestones or run_report.py --probe_milestones",
+    ),
+    "objectives.png": (
+        "Autoregressive against BERT (paper, Figure 4)",
+        "probes or fine-tuned models of a causal and a masked run",
+    ),
+    "epochs.png": ("Fine-tuned from pretrained weights, and from scratch", "run_finetune.py, with and without a model"),
+}
+_MARKDOWN = """# Image GPT: what was measured
+
+## Beside the paper
+
+{{ beside }}
+{% for figure in figures %}
+## {{ figure.title }}
+{% if figure.file %}
+![{{ figure.title }}]({{ figure.file }})
+{% else %}
+Not drawn: it needs {{ figure.needs }}.
+{% endif -%}
+{% endfor -%}
+{% for run in runs %}
+## {{ run.name }}
+
+{{ run.table }}
+{% endfor %}"""
+_HTML = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Image GPT: what was measured</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; display: block; overflow-x: auto }
+th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top }
+td.value { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+tr.baseline { color: #777 }
+figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top; max-width: 48% }
+figure.wide { max-width: 100% }
+img { max-width: 100%; image-rendering: auto } figcaption { font-size: 13px; color: #555 }
+h2 { margin-top: 2.5rem; border-bottom: 2px solid #eee } nav a { margin-right: 1rem } .missing { color: #777 }
+</style>
+<h1>Image GPT: what was measured</h1>
+<nav>{% for run in runs %}<a href="#{{ run.name }}">{{ run.name }}</a>{% endfor %}</nav>
+<h2>Beside the paper</h2>
+<p>The paper's models saw ILSVRC-2012, a hundred times over. What differs here is said in each row: no number of ours is
+to be held against theirs without it.</p>
+<table><tr>{% for head in beside_head %}<th>{{ head }}</th>{% endfor %}</tr>
+{% for row in beside_rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% for figure in figures %}<h2>{{ figure.title }}</h2>
+{% if figure.file %}<figure class="wide"><img alt="{{ figure.title }}" src="{{ figure.data }}"></figure>
+{% else %}<p class="missing">Not drawn: it needs {{ figure.needs }}.</p>
+{% endif %}{% endfor %}
+{% for run in runs %}<h2 id="{{ run.name }}">{{ run.name }}</h2>
+<table><tr><th>what</th><th>data</th><th>images</th><th>value</th></tr>
+{% for record in run.records %}<tr{% if record.baseline %} class="baseline"{% endif %}><td>{{ record.model }}</td>
+<td>{{ record.data }}, {{ record.split }}</td><td class="value">{{ "{:,}".format(record.n) }}</td><td class="value">{{ show(record) }}</td></tr>
+{% endfor %}</table>
+{% for caption, picture in run.pictures.items() %}<figure><img alt="{{ caption }}" src="{{ picture }}">
+<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}{% endfor %}
+<p class="missing">{{ hardware | join("; ") }}</p>
+</html>
+"""
+
+
+@dataclass
+class ReportArguments:
+    """Which runs, and where to."""
+
+    folders: list[str] = field(
+        metadata={"help": "Folders of runs: of pretraining, fine-tuning, probes, scores; what lies in them is found."}
+    )
+    output_dir: str = field(default="outputs/report", metadata={"help": "Where index.html and report.md are written."})
+    probe_milestones: bool = field(
+        default=False,
+        metadata={"help": "First probe the milestones that were not probed yet, on the labelled images named here."},
+    )
+
+
+@dataclass
+class _Run:
+    """A run's folder and what was measured in it; `milestones` are checkpoints of it, in their order."""
+
+    folder: Path
+    name: str
+    records: list[Record]
+    milestones: list[list[Record]]
+
+
+def report(args: ReportArguments, data_args: data.DataArguments) -> Path:
+    """Gather the records below some folders into `index.html`, which holds its pictures, and `report.md` with figures beside.
+
+    Returns the page. Folders without records are a ValueError before anything is written.
+    """
+    if args.probe_milestones:
+        _probe_milestones(args.folders, data_args)
+    runs = _runs(args.folders)
+    target = Path(args.output_dir)
+    target.mkdir(parents=True, exist_ok=True)
+    drawn = _figures(runs)
+    figures = []
+    for file, (title, needs) in _FIGURES.items():
+        (target / file).unlink(missing_ok=True)  # of an earlier report
+        if file in drawn:
+            drawn[file].save(target / file)
+        found = {"file": file, "data": _embedded(target / file)} if file in drawn else {}
+        figures.append({"title": title, "needs": needs} | found)
+    head, rows = _beside_the_paper(runs)
+    described = [
+        {"name": run.name, "records": run.records, "table": markdown_table(run.records), "pictures": _pictures_of(run)}
+        for run in runs
+    ]
+    fields = {"runs": described, "figures": figures, "beside_head": head, "beside_rows": rows, "show": _shown}
+    fields["beside"] = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    fields["hardware"] = sorted({record.hardware for run in runs for record in run.records})
+    (target / "report.md").write_text(Environment().from_string(_MARKDOWN).render(fields))
+    page = target / "index.html"
+    page.write_text(Environment(autoescape=True).from_string(_HTML).render(fields))
+    print(f"Wrote {page} and report.md: {sum(len(run.records) for run in runs)} records of {len(runs)} runs")
+    return page
+
+
+def _probe_milestones(folders: list[str], data_args):
+    names = [path for folder in folders for path in sorted(Path(folder).rglob(f"{probing.MILESTONES}/step-*"))]
+    names = [str(path) for path in names if not (path / "probe" / probing.PROBE).is_file()]
+    if names:
+        probing.probe(probing.ProbeArguments(names, baselines=False, knn=False), data_args)
+
+
+def _runs(folders: list[str]) -> list[_Run]:
+    """Runs below folders, in their order; a run is the folder whose own, probe's and score's records belong together."""
+    found: dict[Path, dict] = {}
+    for folder in map(Path, folders):
+        files = {file for name in (RECORDS, probing.PROBE, SCORE) for file in folder.rglob(name)}
+        if not files:
+            raise ValueError(f"There are no records ({RECORDS}, {probing.PROBE}, {SCORE}) in {folder}.")
+        for file in sorted(files, key=lambda file: (file.name != RECORDS, str(file))):
+            home = file.parent.parent if file.parent.name in ("probe", "score") else file.parent
+            milestone = home.name if home.parent.name == probing.MILESTONES else None
+            home = home.parent.parent if milestone else home
+            found.setdefault(home, {}).setdefault(milestone, []).extend(read_records(file))
+    ordered = sorted(found)
+    names = _short_names(ordered)
+    return [
+        _Run(home, names[home], found[home].pop(None, []), [found[home][step] for step in sorted(found[home])])
+        for home in ordered
+    ]
+
+
+def _short_names(folders: list[Path]) -> dict[Path, str]:
+    """Each folder's own name, with its parent's where two have the same."""
+    names = {folder: folder.resolve().name for folder in folders}
+    return {
+        folder: f"{folder.resolve().parent.name}/{name}" if list(names.values()).count(name) > 1 else name
+        for folder, name in names.items()
+    }
+
+
+def _is_probe(record: Record, split: str, few_labels: bool = False) -> bool:
+    """Whether a record is of a linear probe of one layer of a trained model."""
+    settings = record.settings
+    linear = settings.get("of") == "trained" and settings["probe"].startswith("logistic regression")
+    return linear and record.split == split and "layer" in settings and ("labels per class" in settings) == few_labels
+
+
+def _is_fine_tuned(record: Record, split: str, start: str = "pretrained") -> bool:
+    settings = record.settings
+    return settings.get("started from") == start and (record.metric, record.split) == ("accuracy", split)
+
+
+def _is_generation(record: Record) -> bool:
+    plain = record.metric == "nats_per_pixel" and record.split == "held out" and not record.baseline
+    return plain and record.settings.get("objective") == "causal"
+
+
+def _figures(runs: list[_Run]) -> dict:
+    """The paper's figures that can be drawn from what was measured, as PIL images by file name."""
+    figures = {}
+    by_layer = [
+        record for run in runs for record in run.records if record.settings.get("of") and "layer" in record.settings
+    ]
+    by_layer = [
+        record for record in by_layer if record.split == "validation" and record.settings["probe"] != probing.KNN
+    ]
+    levels = [record for run in runs for record in run.records if record.settings.get("of") == "raw pixels"]
+    if by_layer:
+        figures["layers.png"] = plots.layer_curves(by_layer + levels)
+    courses = {}
+    for run in runs:
+        points = []
+        for records in run.milestones:
+            accuracy = [record.value for record in records if _is_probe(record, "test")]
+            loss = [record.value for record in records if record.metric == "nats_per_pixel"]
+            points += [(loss[0], accuracy[0])] if loss and accuracy else []
+        if points:
+            courses[run.name] = points
+    if courses:
+        figures["loss-and-probe.png"] = plots.loss_against_probe(courses)
+    groups: dict[str, dict[str, float]] = {}
+    for run in runs:
+        for record in run.records:
+            group = (
+                "linear probe"
+                if _is_probe(record, "test")
+                else "fine-tuning"
+                if _is_fine_tuned(record, "test") and not record.baseline
+                else None
+            )
+            if group:
+                masks = record.settings.get("masks")
+                name = f"masked, {masks} mask{'s' if masks > 1 else ''}" if masks else record.settings["objective"]
+                groups.setdefault(group, {})[name] = max(record.value, groups.get(group, {}).get(name, 0))
+    if len({name.split(",")[0] for bars in groups.values() for name in bars}) == 2:
+        figures["objectives.png"] = plots.accuracy_bars(dict(sorted(groups.items(), reverse=True)))
+    epochs = {}
+    for run in runs:
+        if any("started from" in record.settings for record in run.records):
+            state = run.folder / "trainer_state.json"
+            log = json.loads(state.read_text())["log_history"] if state.is_file() else []
+            points = [(entry["epoch"], entry["eval_accuracy"]) for entry in log if "eval_accuracy" in entry]
+            if points:
+                epochs[run.name] = points
+    if epochs:
+        figures["epochs.png"] = plots.accuracy_courses(epochs)
+    return figures
+
+
+def _beside_the_paper(runs: list[_Run]) -> tuple[list[str], list[list[str]]]:
+    """A table: each kind of figure that was published, and for each of our data the best of ours and how its setting differs."""
+    records = [record for run in runs for record in run.records]
+    kinds: dict[str, list[Published]] = {}
+    for figure in PUBLISHED:
+        kind = {"generation": "generation, held out"}.get(figure.task, f"{figure.task}, test")
+        kind += " (BERT)" if figure.objective == "masked" else ""
+        kind += f", {figure.num_concatenated} layers together" if figure.num_concatenated > 1 else ""
+        kind += f", {figure.labels_per_class} labels per class" if figure.labels_per_class else ""
+        kinds.setdefault(kind, []).append(figure)
+    rows = []
+    for kind, figures in kinds.items():
+        best: dict[str, Record] = {}
+        for record in records:
+            if _is_of_the_kind_of(record, figures[0]):
+                held = best.setdefault(_data_of(record), record)
+                if (record.value < held.value) == (figures[0].task == "generation"):
+                    best[_data_of(record)] = record
+        for record in best.values():
+            same = [figure for figure in figures if _plain(figure.data) == _plain(_data_of(record))]
+            row = [kind, _shown(record), f"{record.model}; {record.data}", _cited(same or figures)]
+            rows.append([*row, _differences(record, (same or figures)[-1])])
+        if not best:
+            rows.append([kind, "not measured", "", _cited(figures), ""])
+    return ["what", "ours", "which of ours", "OpenAI's", "what differs from the last of these"], rows
+
+
+def _data_of(record: Record) -> str:
+    return record.data.split(", ")[0]
+
+
+def _plain(name: str) -> str:
+    return name.split("/")[-1].lower().replace("-", "")
+
+
+def _cited(figures: list[Published]) -> str:
+    return "; ".join(
+        f"iGPT-{figure.size.upper()} {_shown(_published(figure))} ({figure.data} at {figure.image_size}x{figure.image_size}, "
+        f"{figure.source})"
+        for figure in figures
+    )
+
+
+def _is_of_the_kind_of(record: Record, figure: Published) -> bool:
+    if record.settings.get("objective") != figure.objective or record.baseline:
+        return False
+    if figure.task == "generation":
+        return _is_generation(record)
+    if figure.task == "fine-tuning":
+        return _is_fine_tuned(record, "test")
+    if figure.num_concatenated > 1:
+        return len(record.settings.get("layers", [])) == figure.num_concatenated and record.split == "test"
+    few = figure.labels_per_class
+    return _is_probe(record, "test", bool(few)) and record.settings.get("labels per class") == few
+
+
+def _differences(record: Record, figure: Published) -> str:
+    """How the setting of a record of ours differs from a published figure's, in numbers."""
+    parameters, batch, steps = _parameters(figure.size), SIZES[figure.size].batch_size, SIZES[figure.size].max_steps
+    found = []
+    name, size = record.data.split(", ")[:2]
+    if _plain(name) != _plain(figure.data):
+        found.append(f"data {name}, not {figure.data}")
+    if size != f"{figure.image_size}x{figure.image_size}":
+        found.append(f"{size} pixels, not {figure.image_size}x{figure.image_size}")
+    for key, theirs in (("parameters", parameters), ("images seen", batch * steps)):
+        fine_tuned = "started from" in record.settings  # of which the paper does not state how many images it saw
+        if key in record.settings and not (fine_tuned and key == "images seen"):
+            found.append(f"{record.settings[key]:,} {key}, not {theirs:,}")
+    return "; ".join(found)
+
+
+@lru_cache
+def _parameters(size: str) -> int:
+    with torch.device("meta"):
+        return ImageGPTForCausalImageModeling(ImageGPTConfig.from_preset(size)).num_parameters()
+
+
+def _shown(record: Record) -> str:
+    deviation = record.settings.get("deviation")
+    if record.unit == "fraction":
+        return f"{100 * record.value:.1f}{f' ± {100 * deviation:.1f}' if deviation else ''} %"
+    return f"{record.value:.4f} {record.unit}"
+
+
+def _pictures_of(run: _Run) -> dict[str, str]:
+    """Pictures that lie in a run's folder, by caption, embedded."""
+    found = {caption: run.folder / file for file, caption in _RUN_PICTURES.items()}
+    if not found["Images drawn by the model"].is_file():
+        drawn = sorted((run.folder / "samples").glob("step-*.png"))
+        masked = any(record.settings.get("objective") == "masked" for record in run.records)
+        caption = _RUN_PICTURES["masked.png" if masked else "samples.png"]
+        if drawn:
+            found[caption] = drawn[-1]
+    return {caption: _embedded(file) for caption, file in found.items() if file.is_file()}
+
+
+def _embedded(file: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()

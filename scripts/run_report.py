@@ -1,0 +1,15 @@
+"""Gather what runs measured into one page: figures of the paper, tables beside its own, pictures.
+
+    python scripts/run_report.py outputs/pretrain outputs/finetune
+    python scripts/run_report.py outputs/ --output_dir report --probe_milestones
+
+Seconds, unless milestones are probed first. Writes index.html, report.md and the figures to --output_dir.
+"""
+
+from hf_igpt.cards import ReportArguments, report
+from hf_igpt.data import DataArguments
+from hf_igpt.training import run_script
+
+
+if __name__ == "__main__":
+    run_script(report, ReportArguments, DataArguments, description=__doc__, first="folders")
