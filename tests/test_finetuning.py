@@ -246,7 +246,7 @@ def unlabelled(folder):
         ({"images": {"streaming": True, "train_dir": "x"}}, "not streamed"),
         ({"images": {"label_column_name": "kind"}}, "kind is not in the dataset"),
         ({"objective": "masked"}, "are causal"),
-        ({"no processor": True}, "no image processor|preprocessor_config.json"),
+        ({"no processor": True}, "bare has no image processor"),
     ],
 )
 def test_refusals_leave_nothing_behind(options, message, pretrained, tmp_path):
@@ -258,7 +258,7 @@ def test_refusals_leave_nothing_behind(options, message, pretrained, tmp_path):
             (folder / name).write_bytes((pretrained / "causal" / name).read_bytes())
     if callable(options.get("images")):
         options["images"] = options["images"](tmp_path)
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises(ValueError, match=message):
         fit(tmp_path / "run", from_folder(folder), **options)
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 

@@ -9,12 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from hf_igpt.cards import ReportArguments
 from hf_igpt.conversion import ConvertArguments
 from hf_igpt.data import DataArguments
-from hf_igpt.evaluation import markdown_table, read_records
+from hf_igpt.evaluation import ScoreArguments, markdown_table, read_records
 from hf_igpt.generation import SampleArguments
 from hf_igpt.hub import PublishArguments
-from hf_igpt.training import ClustersArguments, ModelArguments, PretrainingArguments, parse_arguments
+from hf_igpt.probing import ProbeArguments
+from hf_igpt.training import (
+    ClustersArguments,
+    FinetuningArguments,
+    ModelArguments,
+    PretrainingArguments,
+    parse_arguments,
+)
 
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +33,10 @@ DATACLASSES = {
     "run_sample.py": (SampleArguments, DataArguments),
     "run_convert.py": (ConvertArguments,),
     "run_publish.py": (PublishArguments,),
+    "run_finetune.py": (ModelArguments, DataArguments, FinetuningArguments),
+    "run_linear_probe.py": (ProbeArguments, DataArguments),
+    "run_score.py": (ScoreArguments, DataArguments),
+    "run_report.py": (ReportArguments, DataArguments),
 }
 ELSEWHERE = (
     "--checkpoint",
@@ -75,7 +87,7 @@ def test_flags_of_every_command_exist(command, monkeypatch):
     if flags.endswith((".json", ".yaml")):
         return
     monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags.replace("--bf16", ""))])
-    parse_arguments(*DATACLASSES[script], description="")
+    parse_arguments(*DATACLASSES[script], description="", first="folders" if script == "run_report.py" else None)
 
 
 def test_commands_and_snippets_run_in_their_order(workplace):
@@ -90,7 +102,9 @@ def test_commands_and_snippets_run_in_their_order(workplace):
         if "run_pretrain.py" in command:
             trained += 1
             words += ["--output_dir", f"outputs/pretrain{trained}"] if trained > 1 else []
-            words += ["--max_steps", "30", "--eval_steps", "30", "--save_steps", "30", "--use_cpu"]
+        if "run_pretrain.py" in command or "run_finetune.py" in command:
+            words += ["--max_steps", "30", "--eval_strategy", "steps", "--eval_steps", "30"]
+            words += ["--save_strategy", "steps", "--save_steps", "30", "--use_cpu"]
         run(words, workplace)
     assert (workplace / "outputs/pretrain/samples.png").is_file()
     assert (workplace / "outputs/pretrain/completions.png").is_file()

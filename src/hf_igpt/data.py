@@ -407,15 +407,19 @@ def _read_batch(cells, indices, on_bad_image: str, then=lambda image, index: ima
     return images, reasons
 
 
-def processor_of(model_name: str, config):
-    """The image processor that is saved beside a model; one that is missing or does not fit it is a ValueError."""
+def read_processor(name: str, **source):
+    """The image processor of a folder or Hub name; ValueError where there is none. source: `revision`, `cache_dir`."""
     try:
-        processor = InstalledProcessor.from_pretrained(model_name)
+        return InstalledProcessor.from_pretrained(name, **source)
     except OSError as error:
         raise ValueError(
-            f"{model_name} has no image processor: save the one that the model was trained with there, as "
-            "preprocessor_config.json."
+            f"{name} has no image processor: save the one that the model was trained with there, as preprocessor_config.json."
         ) from error
+
+
+def processor_of(model_name: str, config):
+    """The image processor that is saved beside a model; one that is missing or does not fit it is a ValueError."""
+    processor = read_processor(model_name)
     processor.check_fits(config)
     return processor
 

@@ -534,9 +534,7 @@ def load_processor(name: str, model_args: ModelArguments, data_args: data.DataAr
     """
     if Path(name).suffix in (".npy", ".json"):
         return make_processor(clusters.load_palette(name), _image_size(data_args), data_args.center_crop is not False)
-    processor = data.InstalledProcessor.from_pretrained(
-        name, revision=model_args.model_revision, cache_dir=model_args.cache_dir
-    )
+    processor = data.read_processor(name, **_source(model_args))
     if data_args.image_size:
         processor.size = SizeDict(height=data_args.image_size, width=data_args.image_size)
     if data_args.center_crop is not None:
