@@ -4,6 +4,7 @@ import base64
 import json
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -338,10 +339,10 @@ img { max-width: 100%; image-rendering: auto } figcaption { font-size: 13px; col
 h2 { margin-top: 2.5rem; border-bottom: 2px solid #eee } nav a { margin-right: 1rem } .missing { color: #777 }
 </style>
 <h1>Image GPT: what was measured</h1>
-<nav>{% for run in runs %}<a href="#{{ run.name }}">{{ run.name }}</a>{% endfor %}</nav>
+<nav>{% for run in runs %}<a href="#run-{{ loop.index }}">{{ run.name }}</a>{% endfor %}</nav>
 <h2>Beside the paper</h2>
 <p>The paper's models saw ILSVRC-2012, a hundred times over. What differs here is said in each row: no number of ours is
-to be held against theirs without it.</p>
+to be held against theirs without it. Of several runs on the same data, the best is shown.</p>
 <table><tr>{% for head in beside_head %}<th>{{ head }}</th>{% endfor %}</tr>
 {% for row in beside_rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
@@ -349,7 +350,7 @@ to be held against theirs without it.</p>
 {% if figure.file %}<figure class="wide"><img alt="{{ figure.title }}" src="{{ figure.data }}"></figure>
 {% else %}<p class="missing">Not drawn: it needs {{ figure.needs }}.</p>
 {% endif %}{% endfor %}
-{% for run in runs %}<h2 id="{{ run.name }}">{{ run.name }}</h2>
+{% for run in runs %}<h2 id="run-{{ loop.index }}">{{ run.name }}</h2>
 <table><tr><th>what</th><th>data</th><th>images</th><th>value</th></tr>
 {% for record in run.records %}<tr{% if record.baseline %} class="baseline"{% endif %}><td>{{ record.model }}</td>
 <td>{{ record.data }}, {{ record.split }}</td><td class="value">{{ "{:,}".format(record.n) }}</td><td class="value">{{ show(record) }}</td></tr>
@@ -391,9 +392,10 @@ def report(args: ReportArguments, data_args: data.DataArguments) -> Path:
 
     Returns the page. Folders without records are a ValueError before anything is written.
     """
+    runs = _runs(args.folders)
     if args.probe_milestones:
         _probe_milestones(args.folders, data_args)
-    runs = _runs(args.folders)
+        runs = _runs(args.folders)
     target = Path(args.output_dir)
     target.mkdir(parents=True, exist_ok=True)
     drawn = _figures(runs)
@@ -412,9 +414,9 @@ def report(args: ReportArguments, data_args: data.DataArguments) -> Path:
     fields = {"runs": described, "figures": figures, "beside_head": head, "beside_rows": rows, "show": _shown}
     fields["beside"] = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
     fields["hardware"] = sorted({record.hardware for run in runs for record in run.records})
-    (target / "report.md").write_text(Environment().from_string(_MARKDOWN).render(fields))
+    (target / "report.md").write_text(Environment().from_string(_MARKDOWN).render(fields), encoding="utf-8")
     page = target / "index.html"
-    page.write_text(Environment(autoescape=True).from_string(_HTML).render(fields))
+    page.write_text(Environment(autoescape=True).from_string(_HTML).render(fields), encoding="utf-8")
     print(f"Wrote {page} and report.md: {sum(len(run.records) for run in runs)} records of {len(runs)} runs")
     return page
 
@@ -428,16 +430,18 @@ def _probe_milestones(folders: list[str], data_args):
 
 def _runs(folders: list[str]) -> list[_Run]:
     """Runs below folders, in their order; a run is the folder whose own, probe's and score's records belong together."""
-    found: dict[Path, dict] = {}
+    files = set()  # each once, also where one folder holds another
     for folder in map(Path, folders):
-        files = {file for name in (RECORDS, probing.PROBE, SCORE) for file in folder.rglob(name)}
-        if not files:
+        below = {file.resolve() for name in (RECORDS, probing.PROBE, SCORE) for file in folder.rglob(name)}
+        if not below:
             raise ValueError(f"There are no records ({RECORDS}, {probing.PROBE}, {SCORE}) in {folder}.")
-        for file in sorted(files, key=lambda file: (file.name != RECORDS, str(file))):
-            home = file.parent.parent if file.parent.name in ("probe", "score") else file.parent
-            milestone = home.name if home.parent.name == probing.MILESTONES else None
-            home = home.parent.parent if milestone else home
-            found.setdefault(home, {}).setdefault(milestone, []).extend(read_records(file))
+        files |= below
+    found: dict[Path, dict] = {}
+    for file in sorted(files, key=lambda file: (file.name != RECORDS, str(file))):
+        home = file.parent.parent if file.parent.name in ("probe", "score") else file.parent
+        milestone = home.name if home.parent.name == probing.MILESTONES else None
+        home = home.parent.parent if milestone else home
+        found.setdefault(home, {}).setdefault(milestone, []).extend(read_records(file))
     ordered = sorted(found)
     names = _short_names(ordered)
     return [
@@ -447,18 +451,21 @@ def _runs(folders: list[str]) -> list[_Run]:
 
 
 def _short_names(folders: list[Path]) -> dict[Path, str]:
-    """Each folder's own name, with its parent's where two have the same."""
-    names = {folder: folder.resolve().name for folder in folders}
-    return {
-        folder: f"{folder.resolve().parent.name}/{name}" if list(names.values()).count(name) > 1 else name
-        for folder, name in names.items()
-    }
+    """Each folder's own name, with so many of its parents' as tell it from the others."""
+    names = {}
+    for folder in folders:
+        length = 1
+        while sum(other.parts[-length:] == folder.parts[-length:] for other in folders) > 1:
+            length += 1
+        names[folder] = "/".join(folder.parts[-length:])
+    return names
 
 
 def _is_probe(record: Record, split: str, few_labels: bool = False) -> bool:
-    """Whether a record is of a linear probe of one layer of a trained model."""
+    """Whether a record is of a linear probe of one layer of a model that was trained without labels."""
     settings = record.settings
-    linear = settings.get("of") == "trained" and settings["probe"].startswith("logistic regression")
+    trained = settings.get("of") == "trained" and "fine-tuned" not in settings
+    linear = trained and settings["probe"].startswith("logistic regression")
     return linear and record.split == split and "layer" in settings and ("labels per class" in settings) == few_labels
 
 
@@ -468,57 +475,64 @@ def _is_fine_tuned(record: Record, split: str, start: str = "pretrained") -> boo
 
 
 def _is_generation(record: Record) -> bool:
+    """Whether a record is of all held-out images: `score`, whose records name a set, may have read some that are easy."""
     plain = record.metric == "nats_per_pixel" and record.split == "held out" and not record.baseline
+    plain = plain and "set" not in record.settings
     return plain and record.settings.get("objective") == "causal"
 
 
 def _figures(runs: list[_Run]) -> dict:
     """The paper's figures that can be drawn from what was measured, as PIL images by file name."""
     figures = {}
-    by_layer = [
-        record for run in runs for record in run.records if record.settings.get("of") and "layer" in record.settings
-    ]
-    by_layer = [
-        record for record in by_layer if record.split == "validation" and record.settings["probe"] != probing.KNN
-    ]
-    levels = [record for run in runs for record in run.records if record.settings.get("of") == "raw pixels"]
-    if by_layer:
-        figures["layers.png"] = plots.layer_curves(by_layer + levels)
+    probed = {}
+    for run in runs:
+        records = [record for record in run.records if "of" in record.settings and record.split == "validation"]
+        if records:
+            probed[run.name] = [record for record in records if record.settings["probe"] != probing.KNN]
+    if probed:
+        figures["layers.png"] = plots.layer_curves(probed)
     courses = {}
     for run in runs:
         points = []
         for records in run.milestones:
             accuracy = [record.value for record in records if _is_probe(record, "test")]
-            loss = [record.value for record in records if record.metric == "nats_per_pixel"]
+            loss = [record.value for record in records if _is_generation(record)]
             points += [(loss[0], accuracy[0])] if loss and accuracy else []
         if points:
             courses[run.name] = points
     if courses:
         figures["loss-and-probe.png"] = plots.loss_against_probe(courses)
-    groups: dict[str, dict[str, float]] = {}
+    groups: dict[tuple, dict[str, float]] = {}  # only what is of the same images and the same size is comparable
     for run in runs:
         for record in run.records:
-            group = (
+            kind = (
                 "linear probe"
                 if _is_probe(record, "test")
                 else "fine-tuning"
                 if _is_fine_tuned(record, "test") and not record.baseline
                 else None
             )
-            if group:
+            if kind:
                 masks = record.settings.get("masks")
                 name = f"masked, {masks} mask{'s' if masks > 1 else ''}" if masks else record.settings["objective"]
-                groups.setdefault(group, {})[name] = max(record.value, groups.get(group, {}).get(name, 0))
-    if len({name.split(",")[0] for bars in groups.values() for name in bars}) == 2:
-        figures["objectives.png"] = plots.accuracy_bars(dict(sorted(groups.items(), reverse=True)))
+                bars = groups.setdefault((kind, record.data, record.settings.get("size")), {})
+                bars[name] = max(record.value, bars.get(name, 0))
+    groups = {group: bars for group, bars in groups.items() if len({name.split(",")[0] for name in bars}) == 2}
+    if groups:
+        # Groups are named by what tells them apart.
+        shown = [True, *(len(set(parts)) > 1 for parts in list(zip(*groups, strict=True))[1:])]
+        ordered = sorted(groups, key=lambda group: group[0] != "linear probe")
+        named = {"\n".join(map(str, compress(group, shown))): groups[group] for group in ordered}
+        figures["objectives.png"] = plots.accuracy_bars(named)
     epochs = {}
     for run in runs:
-        if any("started from" in record.settings for record in run.records):
+        start = next((r.settings["started from"] for r in run.records if "started from" in r.settings), None)
+        if start:
             state = run.folder / "trainer_state.json"
             log = json.loads(state.read_text())["log_history"] if state.is_file() else []
             points = [(entry["epoch"], entry["eval_accuracy"]) for entry in log if "eval_accuracy" in entry]
             if points:
-                epochs[run.name] = points
+                epochs[f"{run.name}: {start}"] = points
     if epochs:
         figures["epochs.png"] = plots.accuracy_courses(epochs)
     return figures

@@ -23,6 +23,8 @@ def check_layers(config, layers: int | Sequence[int] | None) -> list[int]:
     if layers is None:
         return list(range(n_layer + 1))
     layers = [layers] if isinstance(layers, int) else list(layers)
+    if not layers:
+        raise ValueError(f"No layer is named: this model has layers 0..{n_layer}.")
     for layer in layers:
         if not -n_layer - 1 <= layer <= n_layer:
             raise ValueError(
@@ -165,6 +167,8 @@ def _batches(model, inputs, layers, processor, batch_size, bf16, mask_seed, prog
     config, device = model.config, model.device
     if mask_seed is not None and config.objective != "masked":
         raise ValueError("mask_seed is of masked models; this one is causal.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is at least 1; found {batch_size}.")
     rng = None if mask_seed is None else np.random.default_rng(mask_seed)
     training = model.training
     model.eval()
@@ -172,7 +176,8 @@ def _batches(model, inputs, layers, processor, batch_size, bf16, mask_seed, prog
         with tqdm(total=len(inputs), desc="Features", unit="image", disable=None if progress else True) as bar:
             for start in range(0, len(inputs), batch_size):
                 batch = inputs[start : start + batch_size]
-                tokens = np.asarray(batch) if processor is None else np.asarray(processor(batch)["input_ids"])
+                batch = batch if processor is None else processor(batch)["input_ids"]
+                tokens = np.asarray(batch.cpu() if torch.is_tensor(batch) else batch)
                 mask = None if rng is None else torch.from_numpy(rng.random(tokens.shape) < MASK_PROBABILITY).to(device)
                 tokens = torch.from_numpy(tokens).to(device)
                 tokens = tokens if tokens.is_floating_point() else tokens.long()

@@ -605,12 +605,13 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         if joint and self.config.objective == "masked" and bool_masked_pos is None:
             raise ValueError("The joint loss of a masked model scores masked pixels: pass `bool_masked_pos`.")
         pixels = input_ids
-        if self.config.sos_inputs or joint:
-            if input_ids is None:
-                raise ValueError("A classifier with `sos_inputs` shifts tokens: pass `input_ids`.")
+        if input_ids is not None and (self.config.sos_inputs or joint):
             check_tokens(input_ids, self.config.vocab_size - 1, "input_ids", self.config)
-        if self.config.sos_inputs:
+        if self.config.sos_inputs and input_ids is not None:
             input_ids = shift_right(pixels, self.config.sos_token_id)
+        elif self.config.sos_inputs and inputs_embeds is not None:
+            sos = torch.full(inputs_embeds[:, :1, 0].shape, self.config.sos_token_id, device=inputs_embeds.device)
+            inputs_embeds = torch.cat([self.transformer.wte(sos).to(inputs_embeds), inputs_embeds[:, :-1]], dim=1)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,

@@ -118,30 +118,32 @@ def accuracy_curve(log_history: list[dict]) -> Image.Image:
         return _picture(figure)
 
 
-def layer_curves(records) -> Image.Image:
-    """Validation accuracy by layer of `probing`'s records, a line for each model and probe; level lines for raw pixels."""
-    curves: dict[str, list] = {}
-    levels = {}
-    for record in records:
-        if record.split != "validation":
-            continue
-        if "layer" in record.settings:
-            name = record.model.replace(f", layer {record.settings['layer']}", "")
-            if "checkpoint" in record.settings and "images seen" in record.settings:
-                name += f", {record.settings['images seen']:,} images seen"
-            curves.setdefault(name, []).append((record.settings["layer"], 100 * record.value))
-        else:
-            levels[record.model] = 100 * record.value
+def layer_curves(runs: dict[str, list]) -> Image.Image:
+    """Validation accuracy by layer of `probing`'s records, a line for each run, model and probe; levels for raw pixels.
+
+    runs: records by the name of their run, which the legend shows where there are several.
+    """
+    curves: dict[tuple, list] = {}
+    levels: dict[tuple, list] = {}
+    for run, records in runs.items():
+        for record in records:
+            if record.split != "validation":
+                continue
+            if "layer" in record.settings:
+                name = record.model.replace(f", layer {record.settings['layer']}", "")
+                if "images seen" in record.settings:
+                    name += f", {record.settings['images seen']:,} images seen"
+                style = "--" if record.settings["of"] == "untrained" else "-"
+                curves.setdefault((run, name, style), []).append((record.settings["layer"], 100 * record.value))
+            else:
+                levels.setdefault((record.model, 100 * record.value), []).append(run)  # of the same images: the same
     with _figure(figsize=(7, 4.5)) as (figure, axis):
-        for name, points in curves.items():
-            axis.plot(
-                *zip(*sorted(points), strict=True),
-                marker=".",
-                label=name,
-                linestyle="--" if "untrained" in name else "-",
-            )
-        for name, value in levels.items():
-            axis.axhline(value, color="grey", linestyle=":", label=name)
+        for (run, name, style), points in curves.items():
+            label = f"{run}: {name}" if len(runs) > 1 else name
+            axis.plot(*zip(*sorted(points), strict=True), marker=".", label=label, linestyle=style)
+        for (name, value), of in levels.items():
+            label = f"{', '.join(of)}: {name}" if len(levels) > 1 else name
+            axis.axhline(value, color="grey", linestyle=":", label=label)
         axis.set_xlabel("layer: the input of block 0, 1, …, and last the final norm's output")
         axis.set_ylabel("validation accuracy, %")
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -169,14 +169,15 @@ def sgd_regressions(
 
     One run for all learning rates together, on `device`, from zero weights. Arguments as `logistic_regressions`.
     """
-    device, rates = torch.device(device), torch.tensor(sorted(learning_rates))
+    device, learning_rates = torch.device(device), sorted(learning_rates)
     scaler = StandardScaler().fit(features) if standardize else None
-    x = torch.from_numpy(np.ascontiguousarray(features if scaler is None else scaler.transform(features))).to(device)
+    scaled = features if scaler is None else scaler.transform(features)
+    x = torch.from_numpy(np.ascontiguousarray(scaled, dtype=np.float32)).to(device)
     y = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
     n_classes = int(y.max()) + 1
-    weights = torch.zeros(len(rates), x.shape[1] + 1, n_classes, device=device)  # the last row is the bias
+    weights = torch.zeros(len(learning_rates), x.shape[1] + 1, n_classes, device=device)  # the last row is the bias
     velocity = torch.zeros_like(weights)
-    rates = rates.to(device)[:, None, None]
+    rates = torch.tensor(learning_rates, dtype=torch.float32, device=device)[:, None, None]
     generator = torch.Generator().manual_seed(seed)
     for step in tqdm(range(steps), desc="SGD", unit="step", leave=False, disable=None):
         rows = torch.randint(len(x), (min(batch_size, len(x)),), generator=generator).to(device)
@@ -186,7 +187,7 @@ def sgd_regressions(
         velocity = PROBE_MOMENTUM * velocity + batch.T @ wrong / len(rows)
         weights -= rates * 0.5 * (1 + np.cos(np.pi * step / steps)) * velocity
     finite = weights.isfinite().all(dim=(1, 2)).tolist()
-    for rate, solution, converged in zip(sorted(learning_rates), weights.cpu().numpy(), finite, strict=True):
+    for rate, solution, converged in zip(learning_rates, weights.cpu().numpy(), finite, strict=True):
 
         def predict(found, solution=solution):
             scores = (found if scaler is None else scaler.transform(found)) @ solution[:-1] + solution[-1]
@@ -258,38 +259,47 @@ def probe(args: ProbeArguments, data_args: data.DataArguments) -> list[Record]:
 
     What is wrong with models, layers, labels or folders is a ValueError before any forward pass.
     """
-    subjects = [_subject(name, args) for name in _names(args)]
+    subjects = [_subject(name, args, data_args) for name in _names(args)]
     folders = [subject.folder for subject in subjects]
     if len(set(folders)) < len(folders):
         raise ValueError(
             f"Several models would be written to {max(folders, key=folders.count)}: leave --output_dir out."
         )
     splits = data.load_labelled_images(data_args, seed=args.seed)
-    labels = {split: np.asarray(images[data.LABEL]) for split, images in splits.items()}
+    tokenizing = {"on_bad_image": data_args.on_bad_image, "num_proc": data_args.preprocessing_num_workers}
+    tokens_of = [
+        {split: data.tokenize(images, subject.processor, **tokenizing) for split, images in splits.items()}
+        for subject in subjects
+    ]
     names = splits["train"].features[data.LABEL].names
-    known = np.concatenate([labels["train"], labels["validation"]])
-    counts = np.bincount(known, minlength=len(names))
-    for per_class in args.labels_per_class:
-        if per_class > counts.min():
-            raise ValueError(
-                f"--labels_per_class {per_class}: the class {names[counts.argmin()]!r} has {counts.min()} training images."
-            )
+    _check_labels(tokens_of[0], names, args.labels_per_class)
     records = []
-    for subject in subjects:
-        tokens = {
-            split: data.tokenize(images, subject.processor, data_args.on_bad_image, data_args.preprocessing_num_workers)
-            for split, images in splits.items()
-        }
+    for subject, tokens in zip(subjects, tokens_of, strict=True):
         data_name = evaluation.data_of(data_args.name(), subject.processor, f"{len(names)} classes")
         print(f"Probing {subject.name}")
         found = _Probing(subject, tokens, data_name, args).run()
         _say_tested(found)
         subject.folder.mkdir(parents=True, exist_ok=True)
-        plots.layer_curves(found).save(subject.folder / "probe.png")
+        plots.layer_curves({subject.name: found}).save(subject.folder / "probe.png")
         evaluation.write_records(subject.folder / PROBE, found)
         print(f"Wrote {subject.folder / PROBE} and probe.png")
         records += found
     return records
+
+
+def _check_labels(tokens: dict, names: list[str], labels_per_class: list[int]):
+    train, validation = (np.asarray(tokens[split][data.LABEL]) for split in ("train", "validation"))
+    if len(np.unique(train)) < 2:
+        raise ValueError(
+            f"All {len(train)} training images are of the class {names[train[0]]!r}; a probe needs 2 classes at least: raise "
+            "--max_train_samples."
+        )
+    counts = np.bincount(np.concatenate([train, validation]), minlength=len(names))
+    for per_class in labels_per_class:
+        if per_class > counts.min():
+            raise ValueError(
+                f"--labels_per_class {per_class}: the class {names[counts.argmin()]!r} has {counts.min()} training images."
+            )
 
 
 def _names(args: ProbeArguments) -> list[str]:
@@ -302,26 +312,34 @@ def _names(args: ProbeArguments) -> list[str]:
     return names
 
 
-def _subject(name: str, args: ProbeArguments) -> _Subject:
+def _subject(name: str, args: ProbeArguments, data_args: data.DataArguments) -> _Subject:
+    local = Path(name).is_dir()
+    if args.output_dir is None and not local:
+        raise ValueError(f"Give --output_dir: {name} is on the Hub, so there is no folder of its own to write to.")
     config = ImageGPTConfig.from_pretrained(name)
     layers = sorted(set(check_layers(config, args.layers)))
     if args.num_concatenated > 1:
         layers_around(0, config.n_layer, args.num_concatenated)
-    local = Path(name).is_dir()
-    if args.output_dir is None and not local:
-        raise ValueError(f"Give --output_dir: {name} is on the Hub, so there is no folder of its own to write to.")
     folder = Path(args.output_dir) if args.output_dir else Path(name) / "probe"
     if args.output_dir and len(_names(args)) > 1:
-        folder = folder / Path(name).name
+        folder = folder / Path(name).absolute().name
     if (folder / PROBE).exists():
         raise ValueError(f"{folder} holds {PROBE} already: give another --output_dir, or delete it.")
     processor = data.processor_of(name, config)
-    about = {"objective": config.objective, "size": evaluation.size_of(config), "checkpoint": Path(name).name}
+    about = {"objective": config.objective, "size": evaluation.size_of(config)}
+    about["checkpoint"] = Path(name).absolute().name
     if local and (Path(name) / evaluation.RECORDS).is_file():
         pretrained = evaluation.read_records(Path(name) / evaluation.RECORDS)[0]
         about |= {key: pretrained.settings[key] for key in ("parameters", "images seen") if key in pretrained.settings}
         if pretrained.metric == "nats_per_pixel":
             about["pretraining nats per pixel"] = pretrained.value
+        if "started from" in pretrained.settings:
+            about["fine-tuned"] = True
+        if pretrained.data.split(", ")[0] == data_args.name() and pretrained.seed != args.seed:
+            print(
+                f"Mind: {name} was trained with --seed {pretrained.seed}, not {args.seed}. Unless {data_args.name()} has a test "
+                "split of its own, test images are among those that the model was trained on."
+            )
     return _Subject(name, folder, config, processor, layers, about)
 
 
@@ -333,10 +351,16 @@ class _Probing:
         self.labels = {split: np.asarray(rows[data.LABEL]) for split, rows in tokens.items()}
         self.known = np.concatenate([self.labels["train"], self.labels["validation"]])
         self.kind = {"lbfgs": "logistic regression", "sgd": "logistic regression by SGD"}[args.probe]
-        masked = "masked " if subject.config.objective == "masked" else ""
-        self.model = (
-            f"Image GPT {masked}{subject.about['size'] or f'{subject.config.n_layer} x {subject.config.n_embd}'}"
-        )
+        config, about = subject.config, subject.about
+        masked = "masked " if config.objective == "masked" else ""
+        network = f"Image GPT {masked}{about['size'] or f'{config.n_layer} x {config.n_embd}'}"
+        self.model = f"{network}, fine-tuned" if "fine-tuned" in about else network
+        self.untrained = f"{network}, untrained"
+        self.about = {  # what records say of the network that is probed
+            "trained": about,
+            "untrained": {key: about[key] for key in ("objective", "size", "parameters") if key in about},
+            "raw pixels": {},
+        }
         self.records: list[Record] = []
 
     def run(self) -> list[Record]:
@@ -354,7 +378,7 @@ class _Probing:
                 torch.manual_seed(args.seed)
                 untrained = ImageGPTModel._from_config(config)
                 random = _Features(untrained, self.tokens, self.subject.layers, Path(folder) / "untrained", args)
-                best_random, fit_random, _ = self.by_layer(random, f"{self.model}, untrained", "untrained")
+                best_random, fit_random, _ = self.by_layer(random, self.untrained, "untrained")
                 pixels = _RawPixels(self.tokens, self.subject.processor.clusters)
                 fit_raw = self.chosen(pixels, [])
                 self.record(fit_raw.accuracy, "validation", "raw pixels", "raw pixels", self.about_fit(fit_raw))
@@ -370,10 +394,10 @@ class _Probing:
                 votes = [predict(draw[neighbour]) for draw in draws]
                 self.record_votes(votes, self.model, "trained", {"layer": neighbour, "probe": KNN}, features.masked)
             for per_class in args.labels_per_class:
-                self.few_labels(features.known([best]), draws[0][best], per_class, best)
+                self.few_labels(features, draws[0][best], per_class, best)
             if args.baselines:
-                one_mask = random.of_test([best_random])[:1]
-                self.test(random, one_mask, [best_random], fit_random, f"{self.model}, untrained", "untrained")
+                one_mask = random.of_test([best_random], num_masks=1)
+                self.test(random, one_mask, [best_random], fit_random, self.untrained, "untrained")
                 self.test(pixels, pixels.of_test([]), [], fit_raw, "raw pixels", "raw pixels")
         return self.records
 
@@ -411,16 +435,17 @@ class _Probing:
         (final,) = self.fits(features.known(layers), self.known, [fit.strength])
         votes = [final.predict(_together(draw, layers)) for draw in draws]
         where = {"layer": layers[0]} if len(layers) == 1 else {"layers": layers} if layers else {}
-        self.record_votes(votes, model, of, where | self.about_fit(final), features.masked and of == "trained")
+        self.record_votes(votes, model, of, where | self.about_fit(final), features.masked)
 
-    def few_labels(self, known: np.ndarray, test: np.ndarray, per_class: int, layer: int):
-        args, accuracies = self.args, []
+    def few_labels(self, features: "_Features", test: np.ndarray, per_class: int, layer: int):
+        args, accuracies, known = self.args, [], features.known([layer])
         for subset in range(args.num_subsets):
             rows = balanced_subset(self.known, per_class, args.seed + subset)
             options = (args.regularization, args.standardize, args.max_iter, args.seed)
             fit = few_label_regression(known[rows], self.known[rows], *options)
             accuracies.append(evaluation.accuracy(fit.predict(test), self.labels["test"]))
         settings = {"layer": layer, "probe": "logistic regression", "labels per class": per_class}
+        settings |= {"masks": 1} if features.masked else {}
         settings |= {
             "subsets": len(accuracies),
             "deviation": float(np.std(accuracies, ddof=min(1, len(accuracies) - 1))),
@@ -447,7 +472,10 @@ class _Probing:
             parts.insert(1, f"layers {settings['layers'][0]} to {settings['layers'][-1]}")
         elif "layer" in settings:
             parts.insert(1, f"layer {settings['layer']}")
-        parts += [f"{settings[key]} {key}" for key in ("masks", "labels per class") if key in settings]
+        if "masks" in settings:
+            parts.append(f"{settings['masks']} mask{'s' if settings['masks'] > 1 else ''}")
+        if "labels per class" in settings:
+            parts.append(f"{settings['labels per class']} labels per class")
         self.records.append(
             Record(
                 metric="accuracy",
@@ -459,7 +487,7 @@ class _Probing:
                 model=", ".join(parts),
                 data=self.data_name,
                 baseline=of != "trained",
-                settings=self.subject.about | {"of": of} | settings,
+                settings=self.about[of] | {"of": of} | settings,
             )
         )
 
@@ -489,9 +517,10 @@ class _Features:
         """Of training and validation images, for the last fit."""
         return np.concatenate([self.of("train", layers), self.of("validation", layers)])
 
-    def of_test(self, layers: list[int]) -> list[dict[int, np.ndarray]]:
-        """By layer, once, or for masked models once for each mask."""
-        seeds = [self.args.seed + 2 + draw for draw in range(self.args.num_masks)] if self.masked else [None]
+    def of_test(self, layers: list[int], num_masks: int | None = None) -> list[dict[int, np.ndarray]]:
+        """By layer, once, or for masked models once for each of `num_masks` masks, by default the arguments'."""
+        draws = range(num_masks or self.args.num_masks)
+        seeds = [self.args.seed + 2 + draw for draw in draws] if self.masked else [None]
         column = _column(self.tokens["test"])
         tqdm.write(f"Features of {len(column):,} test images")
         draws = [extract(self.model, column, layers, mask_seed=seed, **self.options) for seed in seeds]
@@ -504,21 +533,17 @@ class _RawPixels:
     masked = False
 
     def __init__(self, tokens: dict, palette: np.ndarray):
-        self.colors = {
-            split: clusters.to_unit_range(clusters.colors_of(data.token_array(rows), palette))
-            .astype(np.float32)
-            .reshape(len(rows), -1)
-            for split, rows in tokens.items()
-        }
+        self.tokens, self.palette = tokens, palette
 
     def of(self, split: str, layers: list[int]) -> np.ndarray:
-        return self.colors[split]
+        colors = clusters.colors_of(data.token_array(self.tokens[split]), self.palette)
+        return clusters.to_unit_range(colors).astype(np.float32).reshape(len(colors), -1)
 
     def known(self, layers: list[int]) -> np.ndarray:
-        return np.concatenate([self.colors["train"], self.colors["validation"]])
+        return np.concatenate([self.of("train", layers), self.of("validation", layers)])
 
     def of_test(self, layers: list[int]) -> list[dict]:
-        return [{None: self.colors["test"]}]
+        return [{None: self.of("test", layers)}]
 
 
 def _together(draw: dict, layers: list[int]) -> np.ndarray:
