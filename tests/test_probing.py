@@ -4,7 +4,6 @@ import inspect
 import json
 import shutil
 import sys
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -237,6 +236,22 @@ def save_model(folder, objective="causal", seed=SEED, **settings):
     }
     write_records(folder / "records.json", [Record("nats_per_pixel", 2.5, "nats/pixel", settings=settings, **of)])
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _images_are_loaded_once():
+    """The same splits for the same arguments, without drawing them again for every test."""
+    load, kept = data.load_labelled_images, {}
+
+    def load_once(args, seed):
+        key = repr((args, seed))
+        if key not in kept:
+            kept[key] = load(args, seed)
+        return dict(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_labelled_images", load_once)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -484,10 +499,16 @@ def one_of(records, of):
     return next(record for record in records if record.settings["of"] == of)
 
 
-def test_the_same_command_gives_the_same_numbers(probed, tmp_path):
+def test_a_number_does_not_depend_on_what_else_is_asked_for(probed, tmp_path):
+    """Nor on when: the same seed gives the same subsets, untrained network and numbers again."""
     records, folder, _ = probed
-    options = {"num_concatenated": 2, "labels_per_class": [1, 4], "num_subsets": 3, "output_dir": str(tmp_path)}
-    assert [asdict(record) for record in run(folder, **options)] == [asdict(record) for record in records]
+    again = run(folder, labels_per_class=[4], num_subsets=3, knn=False, output_dir=str(tmp_path))
+    expected = [
+        record
+        for record in records
+        if KNN not in record.model and "layers" not in record.settings and record.settings.get("labels per class") != 1
+    ]
+    assert again == expected
     assert {path.name for path in tmp_path.iterdir()} == {"probe.json", "probe.png"}  # of one model: no folder in it
 
 
@@ -554,7 +575,7 @@ def test_sgd(models, tmp_path):
 QUICK = {"layers": [1], "knn": False, "baselines": False, "regularization": [0.1]}
 
 
-def test_milestones_and_their_folders(causal, tmp_path):
+def test_milestones_are_probed_where_they_lie(causal):
     for step in (2, 1):
         place = causal / "milestones" / f"step-000000{step}"
         shutil.copytree(causal, place, ignore=shutil.ignore_patterns("milestones"))
@@ -564,9 +585,6 @@ def test_milestones_and_their_folders(causal, tmp_path):
     assert len({record.value for record in select(records, split="test")}) == 1  # the weights are the same
     folders = [causal, *(causal / "milestones" / name for name in names[1:])]
     assert [len(read_records(folder / "probe" / "probe.json")) for folder in folders] == [2, 2, 2]
-    run(causal, milestones=True, output_dir=str(tmp_path / "out"), **QUICK)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    assert read_records(tmp_path / "out" / "copied" / "probe.json") == records[:2]
 
 
 def test_several_models_in_one_folder(models, tmp_path):

@@ -559,8 +559,8 @@ class ImageGPTClassifierOutput(SequenceClassifierOutputWithPast):
 class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
     """Classes from the mean over positions of `ln_f`'s output, by a linear layer without bias [code src/model.py clf].
 
-    `input_ids` are the N pixels of each image. With `config.sos_inputs` they are shifted, as in training and as OpenAI's
-    code does; without, they are fed as they are, as transformers does. Masked models are fed them as they are, masked
+    `input_ids` (or `inputs_embeds`) are the N pixels of each image. With `config.sos_inputs` they are shifted, as in
+    training and as OpenAI's code does; without, they are fed as they are, as transformers does. Masked models are fed them as they are, masked
     where `bool_masked_pos` says so. With `config.generative_loss_weight` > 0 the model keeps its colour head, and `loss`
     is L_CLF + weight · L_GEN [V2 2.3].
     """

@@ -147,7 +147,7 @@ def layer_curves(runs: dict[str, list]) -> Image.Image:
         axis.set_xlabel("layer: the input of block 0, 1, …, and last the final norm's output")
         axis.set_ylabel("validation accuracy, %")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # below: lines run everywhere
         return _picture(figure)
 
 
@@ -176,7 +176,7 @@ def accuracy_bars(groups: dict[str, dict[str, float]]) -> Image.Image:
         axis.set_xticks([g + width * (len(names) - 1) / 2 for g in range(len(groups))], list(groups))
         axis.set_ylabel("test accuracy, %")
         axis.margins(y=0.15)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(names))
         return _picture(figure)
 
 

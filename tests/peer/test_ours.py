@@ -196,6 +196,13 @@ if not THEIRS:
         options = {"sos_inputs": True, "generative_loss_weight": 1.0}
         test_resize_embeddings = False  # feeds the last token, SOS, which is no pixel; the causal classifier is resized
 
+        def test_inputs_embeds_matches_input_ids(self):
+            """Theirs compares base models alone."""
+            config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+            model = package.ImageGPTForImageClassification(config).eval()
+            embeddings = model.get_input_embeddings()(inputs["input_ids"])
+            torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(**inputs).logits)
+
         def _create_text_training_batch(self, **shape):
             batch = super()._create_text_training_batch(**shape)
             return batch | {"labels": torch.ones(len(batch["input_ids"]), dtype=torch.long)}
