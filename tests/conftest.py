@@ -10,6 +10,7 @@ import torch
 
 _home = tempfile.TemporaryDirectory()
 os.environ.update(HF_HOME=_home.name, HF_HUB_OFFLINE="1")  # before anything of Hugging Face is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small shapes, on which threads would only wait for one another
 
 if os.environ.get("HF_IGPT_STUB_TORCHVISION"):
     # torchvision's builds on PyPI are for CUDA builds of torch and do not import beside a CPU build, for want of their

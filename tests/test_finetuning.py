@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_training import SCRIPTS, SMALL, assert_same_run, greys, history, run, weights  # noqa: F401 - a fixture
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from hf_igpt import ImageGPTForMaskedImageModeling, data
+from hf_igpt import ImageGPTForMaskedImageModeling, data, evaluation
 from hf_igpt.data import DataArguments
 from hf_igpt.evaluation import read_records
 from hf_igpt.presets import SIZES
@@ -226,6 +228,59 @@ def test_early_stopping(pretrained, tmp_path):
     assert json.loads((tmp_path / "trainer_state.json").read_text())["epoch"] == 3
 
 
+def test_a_resumed_run_stops_where_an_uninterrupted_one_does(pretrained, tmp_path):
+    options = {"max_steps": -1, "num_train_epochs": 9, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    options |= {"learning_rate": 1e-12, "early_stopping_patience": 3, "save_total_limit": None}
+    start, images = from_folder(pretrained / "causal"), {"max_train_samples": 64}
+    fit(tmp_path / "whole", start, images, **options)
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / "resumed" / "checkpoint-8")
+    for begun in ("palette.png", "preprocessor_config.json", "run.json"):
+        shutil.copy(tmp_path / "whole" / begun, tmp_path / "resumed")
+    fit(tmp_path / "resumed", start, images, **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed", weight_tolerance=0)
+    (tmp_path / "resumed" / "records.json").unlink()
+    with pytest.raises(ValueError, match="other arguments"):  # a run from random weights does not go on with this one
+        fit(tmp_path / "resumed", {"image_processor_name": str(pretrained / "causal")}, images, **options)
+
+
+def test_test_images_are_of_the_split_that_pretraining_held_out(pretrained, tmp_path, capsys):
+    records = fit(tmp_path / "run", from_folder(pretrained / "causal"), seed=7, max_steps=2)
+    assert "Splits are drawn by seed 1" in capsys.readouterr().out
+    assert records[0].seed == 7 and records[0].settings["split seed"] == 1
+    assert evaluation.split_seed(str(tmp_path / "run"), DataArguments(), 3) == 1
+    with pytest.raises(ValueError, match="train_val_split None, not 0.5"):
+        fit(tmp_path / "other", from_folder(pretrained / "causal"), {"train_val_split": 0.5}, max_steps=2)
+
+
+def test_the_best_model_follows_its_metric(pretrained, tmp_path):
+    options = {
+        "max_steps": 30,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": 10,
+        "learning_rate": 1e-3,
+    }
+    fit(tmp_path, from_folder(pretrained / "causal"), metric_for_best_model="nats_per_pixel", **options)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    evaluated = {e["step"]: e["eval_nats_per_pixel"] for e in state["log_history"] if "eval_nats_per_pixel" in e}
+    assert state["best_global_step"] == min(evaluated, key=evaluated.get)
+
+
+def test_warm_up_before_a_constant_rate(pretrained, tmp_path):
+    fit(
+        tmp_path,
+        from_folder(pretrained / "causal"),
+        save_strategy="steps",
+        save_steps=6,
+        warmup_steps=4,
+        learning_rate=1e-3,
+    )
+    assert [entry["learning_rate"] for entry in history(tmp_path)] == pytest.approx(
+        [0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3]
+    )
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +297,8 @@ def unlabelled(folder):
         ({"generative_loss_weight": -1.0}, "generative_loss_weight is at least 0"),
         ({"num_masks": 0}, "num_masks is at least 1"),
         ({"milestones": "0.5"}, "milestones are of pretraining"),
+        ({"metric_for_best_model": "nats_per_pixel", "generative_loss_weight": 0.0}, "metric_for_best_model is one of"),
+        ({"damaged": True}, "bare lacks transformer.h.0.mlp.c_fc.weight"),
         ({"images": unlabelled}, "have no labels"),
         ({"images": {"streaming": True, "train_dir": "x"}}, "not streamed"),
         ({"images": {"label_column_name": "kind"}}, "kind is not in the dataset"),
@@ -251,11 +308,20 @@ def unlabelled(folder):
 )
 def test_refusals_leave_nothing_behind(options, message, pretrained, tmp_path):
     folder = pretrained / "causal"
-    if options.pop("no processor", False):
+    if "no processor" in options or "damaged" in options:
         folder = tmp_path / "bare"
         folder.mkdir()
-        for name in ("config.json", "model.safetensors"):
-            (folder / name).write_bytes((pretrained / "causal" / name).read_bytes())
+        for name in (
+            "config.json",
+            "model.safetensors",
+            *(["preprocessor_config.json"] if "damaged" in options else []),
+        ):
+            shutil.copy(pretrained / "causal" / name, folder)
+        if "damaged" in options:
+            found = load_file(folder / "model.safetensors")
+            del found["transformer.h.0.mlp.c_fc.weight"]
+            save_file(found, folder / "model.safetensors", {"format": "pt"})
+        options = {}
     if callable(options.get("images")):
         options["images"] = options["images"](tmp_path)
     with pytest.raises(ValueError, match=message):

@@ -403,7 +403,7 @@ def test_evaluations_and_checkpoints_come_together():
     assert (arguments.eval_steps, arguments.save_steps, arguments.logging_steps) == (20, 20, 30)
     arguments = PretrainingArguments(eval_steps=0.1, save_steps=0.2, max_steps=33)
     training._set_steps(arguments, False, range(1600))
-    assert (arguments.eval_steps, arguments.save_steps) == (4, 8)
+    assert (arguments.eval_steps, arguments.save_steps) == (4, 4)  # or the best might be one that was not saved
 
 
 # -- palettes ----------------------------------------------------------------------------------------------------------

@@ -256,7 +256,8 @@ _OPENAI_URL = "https://github.com/openai/image-gpt"
 
 def _summary(config: ImageGPTConfig, grid: tuple[int, int], openai: str | None) -> str:
     what = {
-        "causal": "learned to predict each pixel from those before it, without labels, and so draws and completes images",
+        "causal": "learned to predict each pixel from those before it, without labels"
+        + (", and so draws and completes images" if "ImageGPTForCausalImageModeling" in config.architectures else ""),
         "masked": "learned to predict hidden pixels from all others, without labels (BERT-style)",
     }[config.objective]
     origin = f"OpenAI's iGPT-{openai.upper()}, converted from its TensorFlow checkpoint: an" if openai else "An"

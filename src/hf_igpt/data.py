@@ -232,7 +232,9 @@ def _limited(splits: dict, args: DataArguments, seed: int) -> dict:
 
 def _is_labelled(dataset) -> bool:
     """Whether there is a dataset with labels; −1 and nothing are what Hub datasets hold where labels are withheld."""
-    return dataset is not None and LABEL in dataset.features and dataset[:1][LABEL][0] not in (-1, None)
+    return (
+        dataset is not None and LABEL in dataset.features and any(label not in (-1, None) for label in dataset[LABEL])
+    )
 
 
 def _label_names(dataset) -> list:

@@ -66,6 +66,31 @@ def device_of(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def split_seed(model_name: str, data_args: data.DataArguments, seed: int) -> int:
+    """The seed that held-out images are told apart by: the model's own where it was trained on the same images, else `seed`.
+
+    With another seed or fraction, images that the model was trained on would be among those it is tested on: another
+    --train_val_split than in training is a ValueError. A model without records beside it says nothing of its seed.
+    """
+    folder = Path(model_name)
+    if not (folder / RECORDS).is_file():
+        return seed
+    record = read_records(folder / RECORDS)[0]
+    if record.data.split(", ")[0] != data_args.name() or record.seed is None:
+        return seed
+    run = next((file for file in (folder / RUN, folder.parent.parent / RUN) if file.is_file()), None)  # of a milestone
+    fraction = json.loads(run.read_text()).get("train_val_split", data_args.train_val_split) if run else None
+    if run and fraction != data_args.train_val_split:
+        raise ValueError(
+            f"{model_name} was trained with --train_val_split {fraction}, not {data_args.train_val_split}: test images would be "
+            "among those it was trained on. Give the same."
+        )
+    found = record.settings.get("split seed", record.seed)
+    if found != seed:
+        print(f"Splits are drawn by seed {found}, as when {folder.name} was trained.")
+    return found
+
+
 def size_of(config) -> str | None:
     """The preset that has a configuration's shape, if one has."""
     shape = (config.n_layer, config.n_embd, config.n_head)
@@ -196,10 +221,12 @@ def held_out_images(model_name: str, data_args, count: int, split_seed: int | No
     The split is the one that the model's records tell of, unless `split_seed` is given. ValueError: the records tell of
     other data than `data_args` names, or of fewer images.
     """
-    seed, records = split_seed, Path(model_name) / RECORDS
+    seed, records, load, split = split_seed, Path(model_name) / RECORDS, data.load_images, "validation"
     if records.is_file():
         record = read_records(records)[0]
-        seed = record.seed if seed is None else seed
+        seed = record.settings.get("split seed", record.seed) if seed is None else seed
+        if "started from" in record.settings:  # a classifier, which was trained on some of what pretraining held out
+            load, split = data.load_labelled_images, "test"
         if record.data.split(", ")[0] != data_args.name():
             raise ValueError(
                 f"The model was trained on {record.data}; --num_held_out would take images of {data_args.name()}: give the "
@@ -208,7 +235,7 @@ def held_out_images(model_name: str, data_args, count: int, split_seed: int | No
         if count > record.n:
             raise ValueError(f"--num_held_out {count}: only {record.n} images were held out in training.")
     seed = 42 if seed is None else seed
-    held_out = data.load_images(data_args, seed=seed)["validation"]
+    held_out = load(data_args, seed=seed)[split]
     return held_out.select(range(min(count, len(held_out))))[data.IMAGE], seed
 
 

@@ -154,7 +154,8 @@ def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, li
         for name in CODE:
             shutil.copy(Path(__file__).parent / name, staged)
         config.auto_map = _AUTO_MAP
-        if config.objective == "causal":
+        draws = "ImageGPTForCausalImageModeling" in config.architectures or config.generative_loss_weight > 0
+        if config.objective == "causal" and draws:
             config.custom_pipelines = _COMPLETION
         config.save_pretrained(staged)
         processor.auto_map = _PROCESSOR_AUTO_MAP

@@ -560,9 +560,9 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
     """Classes from the mean over positions of `ln_f`'s output, by a linear layer without bias [code src/model.py clf].
 
     `input_ids` (or `inputs_embeds`) are the N pixels of each image. With `config.sos_inputs` they are shifted, as in
-    training and as OpenAI's code does; without, they are fed as they are, as transformers does. Masked models are fed them as they are, masked
-    where `bool_masked_pos` says so. With `config.generative_loss_weight` > 0 the model keeps its colour head, and `loss`
-    is L_CLF + weight · L_GEN [V2 2.3].
+    training and as OpenAI's code does; without, they are fed as they are, as transformers does. Masked models are fed
+    them as they are, masked where `bool_masked_pos` says so. With `config.generative_loss_weight` > 0 the model keeps its
+    colour head, and `loss` is L_CLF + weight · L_GEN [V2 2.3].
     """
 
     # A pretrained or converted checkpoint holds both heads.
@@ -619,7 +619,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=bool(use_cache),  # whole images: nothing comes after them
             bool_masked_pos=bool_masked_pos,
             **kwargs,
         )

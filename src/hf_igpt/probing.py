@@ -259,13 +259,18 @@ def probe(args: ProbeArguments, data_args: data.DataArguments) -> list[Record]:
 
     What is wrong with models, layers, labels or folders is a ValueError before any forward pass.
     """
-    subjects = [_subject(name, args, data_args) for name in _names(args)]
+    subjects = [_subject(name, args) for name in _names(args)]
     folders = [subject.folder for subject in subjects]
     if len(set(folders)) < len(folders):
         raise ValueError(
             f"Several models would be written to {max(folders, key=folders.count)}: leave --output_dir out."
         )
-    splits = data.load_labelled_images(data_args, seed=args.seed)
+    seeds = {evaluation.split_seed(subject.name, data_args, args.seed) for subject in subjects}
+    if len(seeds) > 1:
+        raise ValueError(
+            f"The models were trained on splits of different seeds, {sorted(seeds)}: probe them one by one."
+        )
+    splits = data.load_labelled_images(data_args, seed=seeds.pop())
     tokenizing = {"on_bad_image": data_args.on_bad_image, "num_proc": data_args.preprocessing_num_workers}
     tokens_of = [
         {split: data.tokenize(images, subject.processor, **tokenizing) for split, images in splits.items()}
@@ -312,7 +317,7 @@ def _names(args: ProbeArguments) -> list[str]:
     return names
 
 
-def _subject(name: str, args: ProbeArguments, data_args: data.DataArguments) -> _Subject:
+def _subject(name: str, args: ProbeArguments) -> _Subject:
     local = Path(name).is_dir()
     if args.output_dir is None and not local:
         raise ValueError(f"Give --output_dir: {name} is on the Hub, so there is no folder of its own to write to.")
@@ -335,11 +340,6 @@ def _subject(name: str, args: ProbeArguments, data_args: data.DataArguments) -> 
             about["pretraining nats per pixel"] = pretrained.value
         if "started from" in pretrained.settings:
             about["fine-tuned"] = True
-        if pretrained.data.split(", ")[0] == data_args.name() and pretrained.seed != args.seed:
-            print(
-                f"Mind: {name} was trained with --seed {pretrained.seed}, not {args.seed}. Unless {data_args.name()} has a test "
-                "split of its own, test images are among those that the model was trained on."
-            )
     return _Subject(name, folder, config, processor, layers, about)
 
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.image_utils import SizeDict
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import HubStrategy, has_length
+from transformers.trainer_utils import HubStrategy, SchedulerType, has_length
 from transformers.utils.hub import PushInProgress
 
 from . import clusters, data, evaluation, generation, hub, plots
@@ -68,6 +68,13 @@ _MODELS = {"causal": ImageGPTForCausalImageModeling, "masked": ImageGPTForMasked
 _REPEAT_BUFFER = 1000  # images of a stream that are mixed anew, so that its passes have different orders
 _PALETTE_PIXELS = 1_000_000  # sampled from all images, for a palette
 _WARMUP_SHARE = 0.1  # of training, at most, unless an argument says otherwise
+_CHANGES_NOTHING = (
+    "preprocessing_num_workers",
+    "data_cache_dir",
+    "cache_dir",
+    "attn_implementation",
+    "config_overrides",
+)
 _BASELINE_TOKENS = 20_000_000  # training tokens that are counted, at most
 
 
@@ -275,7 +282,12 @@ class FinetuningArguments(PretrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch."})
     num_samples: int = field(default=0, metadata={"help": "Not used."})
     metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "Metric of the best model."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a greater metric is better."})
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether a greater metric is better. Default: of accuracy alone."}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "So that a resumed run stops early where an uninterrupted one would."}
+    )
 
     def __post_init__(self):
         if self.num_train_epochs is None and self.max_steps is None:
@@ -288,6 +300,11 @@ class FinetuningArguments(PretrainingArguments):
             raise ValueError(f"--num_masks is at least 1; found {self.num_masks}.")
         if self.milestones:
             raise ValueError("--milestones are of pretraining: leave them out.")
+        metrics = ["accuracy", "loss", *(["nats_per_pixel"] if self.generative_loss_weight else [])]
+        if self.metric_for_best_model not in metrics:
+            raise ValueError(f"--metric_for_best_model is one of {metrics} here; found {self.metric_for_best_model}.")
+        if self.greater_is_better is None:
+            self.greater_is_better = self.metric_for_best_model == "accuracy"
         super().__post_init__()
 
 
@@ -619,7 +636,9 @@ def pretrain(
         args.learning_rate = SIZES[args.size].learning_rate_for(objective, processor.token_grid()[0])
     train, held_out, reference = _tokens(splits, processor, data_args, args, objective == "masked")
     _set_steps(args, data_args.streaming, train)
-    _write_beginning(args, processor, identity, _recipe(model_args, data_args, args, model, train))
+    _write_beginning(
+        args, processor, identity, data_args.train_val_split, _recipe(model_args, data_args, args, model, train)
+    )
 
     clock = None if args.max_minutes is None else _Clock(args.max_minutes, args.device)
     samples = _Samples(processor, held_out, folder / "samples")
@@ -677,7 +696,9 @@ def finetune(
     checkpoint = _begin(args)
     folder = Path(args.output_dir)
     with args.main_process_first(desc="images"):
-        splits = data.load_labelled_images(data_args, seed=args.seed)
+        started_from = model_args.model_name_or_path
+        seed = evaluation.split_seed(started_from, data_args, args.seed) if started_from else args.seed
+        splits = data.load_labelled_images(data_args, seed=seed)
     names = splits["train"].features[data.LABEL].names
     config = _finetuned_config(model_args, args, names)  # None: a new model
     processor = _processor(model_args, data_args, args, checkpoint, splits["train"])
@@ -691,7 +712,9 @@ def finetune(
     train, validation, _ = _tokens(splits, processor, data_args, args, masked, counting=False)
     test = _held_out_tokens(splits["test"], processor, data_args, "Tokenising test images")
     _set_steps(args, False, train)
-    _write_beginning(args, processor, identity, _recipe(model_args, data_args, args, model, train))
+    _write_beginning(
+        args, processor, identity, data_args.train_val_split, _recipe(model_args, data_args, args, model, train)
+    )
 
     clock = None if args.max_minutes is None else _Clock(args.max_minutes, args.device)
     stopping = args.load_best_model_at_end and args.early_stopping_patience
@@ -702,7 +725,8 @@ def finetune(
 
     draws = []  # of masks: (class of each image, nats per pixel or None)
     for draw in range(args.num_masks if masked else 1):
-        rows = data.ImageTokens(test, processor, masked=masked, seed=args.seed + draw)
+        rows = data.ImageTokens(test, processor, masked=masked, seed=args.seed)
+        rows.set_epoch(draw)  # other masks
         values = trainer.predict(rows, metric_key_prefix="test").predictions
         draws.append(values if isinstance(values, tuple) else (values, None))
     labels = np.asarray(test[data.LABEL])
@@ -718,7 +742,7 @@ def finetune(
             data_name,
             split,
             rows,
-            settings=_finetuning_settings(args, config, **settings),
+            settings=_finetuning_settings(args, config, seed, **settings),
         )
 
     masks = len(draws) if masked else 0
@@ -765,14 +789,15 @@ def _check_enough(args, data_args, images):
         )
 
 
-def _write_beginning(args, processor, identity: str, recipe: dict):
+def _write_beginning(args, processor, identity: str, train_val_split: float | None, recipe: dict):
     """What a run leaves before its first step; from here on everything has been checked."""
     if args.should_save:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         plots.palette_picture(processor.clusters).save(folder / "palette.png")
         processor.save_pretrained(folder)
-        (folder / evaluation.RUN).write_text(json.dumps({"identity": identity, "recipe": recipe}, indent=1) + "\n")
+        run = {"identity": identity, "train_val_split": train_val_split, "recipe": recipe}
+        (folder / evaluation.RUN).write_text(json.dumps(run, indent=1) + "\n")
 
 
 def _trainer(args, model, train, held_out, processor, clock, callbacks) -> ImageGPTTrainer:
@@ -867,11 +892,9 @@ def _recipe(model_args, data_args, args, model, train) -> dict:
 
 
 def _identity(model_args, data_args) -> str:
-    """What a resumed run must have in common with the one it resumes, hashed: images, split, palette, crops."""
-    fields = vars(data_args) | {"palette": model_args.image_processor_name, "num_colors": model_args.num_colors}
-    fields = {
-        name: value for name, value in fields.items() if name not in ("preprocessing_num_workers", "data_cache_dir")
-    }
+    """What a resumed run must have in common with the one it resumes, hashed: images, split, palette, crops, its start."""
+    fields = vars(data_args) | vars(model_args)
+    fields = {name: value for name, value in fields.items() if name not in _CHANGES_NOTHING}
     return datasets.fingerprint.Hasher.hash(sorted(fields.items()))
 
 
@@ -951,6 +974,8 @@ def _trained_config(model_args, args) -> ImageGPTConfig | None:
     if model_args.config_overrides:
         raise ValueError("--config_overrides is for new models: leave it or --model_name_or_path out.")
     config = ImageGPTConfig.from_pretrained(model_args.model_name_or_path, **_source(model_args))
+    for name in ("auto_map", "custom_pipelines"):  # of a published folder, whose code does not come along
+        vars(config).pop(name, None)
     if args.objective not in (None, config.objective):
         raise ValueError(
             f"--objective {args.objective}: the weights of {model_args.model_name_or_path} are {config.objective}."
@@ -1013,13 +1038,26 @@ def _classifier(model_args, args, processor, config: ImageGPTConfig | None, name
         config = _new_config(model_args, args, processor, **fields)
         model = ImageGPTForImageClassification._from_config(config, **_attention(model_args))
     else:
-        model = ImageGPTForImageClassification.from_pretrained(
+        is_classifier = (config.architectures or [None])[0] == "ImageGPTForImageClassification"
+        model, found = ImageGPTForImageClassification.from_pretrained(
             model_args.model_name_or_path,
             config=config,
             ignore_mismatched_sizes=True,  # a converted checkpoint may hold a head of other classes
+            output_loading_info=True,
             **_source(model_args),
             **_attention(model_args),
         )
+        missing = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])} - {
+            "score.weight",
+            "lm_head.weight",
+        }
+        if missing:
+            raise ValueError(
+                f"{model_args.model_name_or_path} lacks {', '.join(sorted(missing)[:5])} of the shape its configuration says: "
+                "it is damaged, or no Image GPT."
+            )
+        if not is_classifier:
+            torch.nn.init.zeros_(model.score.weight)  # a new head, also where the checkpoint holds one of other classes
     processor.check_fits(model.config)
     return model
 
@@ -1034,9 +1072,10 @@ def _set_finetuning_recipe(args: FinetuningArguments, config: ImageGPTConfig, im
         args.learning_rate = rate * FINETUNING_RATE if pretrained else rate
 
 
-def _finetuning_settings(args: FinetuningArguments, config: ImageGPTConfig | None, masks: int) -> dict:
+def _finetuning_settings(args: FinetuningArguments, config: ImageGPTConfig | None, split_seed: int, masks: int) -> dict:
     return {
         "started from": "random weights" if config is None else "pretrained",
+        "split seed": split_seed,
         "generative loss weight": args.generative_loss_weight,
         "classifier inputs": args.classifier_inputs,
         "masks": masks,
@@ -1100,8 +1139,10 @@ def _set_steps(args, streaming, train):
     for name in ("eval_steps", "save_steps", "logging_steps"):  # fractions become steps, as checkpoints record them
         steps = getattr(args, name)
         setattr(args, name, int(steps) if steps >= 1 else max(1, math.ceil(steps * total)))
+    if args.warmup_steps and args.lr_scheduler_type == "constant":
+        args.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP  # transformers' "constant" has none
     if args.load_best_model_at_end and args.eval_strategy == args.save_strategy == "steps":
-        args.save_steps = max(1, round(args.save_steps / args.eval_steps)) * args.eval_steps  # each has its evaluation
+        args.save_steps = args.eval_steps  # or the best model might be one that was not saved
 
 
 def _held_out_metrics(prediction) -> dict[str, float]:
@@ -1120,8 +1161,10 @@ def _classification_metrics(prediction) -> dict[str, float]:
 def _record(trainer, metric, value, data_name, split, rows, step=None, settings=None) -> evaluation.Record:
     """A record of the trainer's model: as it was at `step`, or None: the best one, or the last where none was chosen."""
     state, config = trainer.state, trainer.model.config
+    masks = (settings or {}).get("masks", 0)
+    by = f", {masks} mask{'s' if masks > 1 else ''}" if masks else ""
     size = evaluation.size_of(config) or f"{config.n_layer} x {config.n_embd}"
-    best = trainer.args.load_best_model_at_end and state.best_global_step
+    best = state.best_global_step if trainer.args.load_best_model_at_end and state.best_model_checkpoint else None
     seen, parameters = trainer.images_seen(step or best or state.global_step), trainer.model.num_parameters()
     masked = "masked " if config.objective == "masked" else ""
     return evaluation.Record(
@@ -1131,7 +1174,7 @@ def _record(trainer, metric, value, data_name, split, rows, step=None, settings=
         split=split,
         n=len(rows),
         seed=trainer.args.seed,
-        model=f"Image GPT {masked}{size}, {parameters:,} parameters, {seen:,} images seen",
+        model=f"Image GPT {masked}{size}, {parameters:,} parameters, {seen:,} images seen{by}",
         data=data_name,
         settings={"objective": config.objective, "size": size, "parameters": parameters, "images seen": seen}
         | (settings or {}),
