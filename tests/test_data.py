@@ -452,3 +452,15 @@ def test_tokens_of_a_mirrored_image_are_mirrored(processor, palette):
     mirrored = processor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))["input_ids"].reshape(8, 8)
     assert np.array_equal(mirrored[:, ::-1].ravel(), processor(image)["input_ids"][0])
     assert np.array_equal(processor(image)["input_ids"][0], nearest_color(np.asarray(image), palette).ravel())
+
+
+def test_folders_named_as_splits_are_splits(tmp_path):
+    for split, count in (("train", 20), ("test", 5)):
+        for label in ("cat", "dog"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (8, 8), 10 * i).save(tmp_path / split / label / f"{i}.png")
+    splits = load_labelled_images(DataArguments(train_dir=str(tmp_path)))
+    assert {split: len(images) for split, images in splits.items()} == {"train": 36, "validation": 4, "test": 10}
+    assert splits["test"].features["label"].names == ["cat", "dog"]
+    assert all("/test/" in cell["path"] for cell in splits["test"]["image"])

@@ -40,6 +40,7 @@ IMAGE = "image"  # the image column's name, and below the label's, whatever the 
 LABEL = "label"
 TOKENS = "input_ids"
 MASK = "bool_masked_pos"
+_VALIDATION = ("validation", "valid", "val")  # names of such splits
 _CACHE_VERSION = 1  # raise it when the same image and processor give other tokens
 _SHUFFLE_BUFFER = 10_000  # images, when streaming
 _BATCH = 32  # photos decoded and held at once
@@ -60,7 +61,10 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     train_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of images (subfolders are classes) or parquet file, folder or glob pattern."},
+        metadata={
+            "help": "Folder of images (subfolders are classes, or train/ and test/ that hold these), or parquet file, folder or "
+            "glob pattern."
+        },
     )
     validation_dir: str | None = field(default=None, metadata={"help": "Like --train_dir, for the held-out images."})
     image_column_name: str | None = field(
@@ -291,7 +295,7 @@ def _load_raw(args: DataArguments) -> dict:
     if "train" not in raw:
         raise ValueError(f"{args.dataset_name} has no train split; its splits are {', '.join(raw)}.")
     splits = {"train": raw["train"]}
-    for split, names in (("validation", ("validation", "valid", "val")), ("test", ("test",))):
+    for split, names in (("validation", _VALIDATION), ("test", ("test",))):
         name = next((name for name in names if name in raw), None)
         if name is not None:
             splits[split] = raw[name]
@@ -306,7 +310,15 @@ def _load_files(place: str, options: dict) -> dict:
     elif path.is_dir():
         if not image_files(path):
             raise ValueError("the folder holds no image files.")
-        splits = datasets.load_dataset("imagefolder", data_files={"train": str(path / "**")}, **options)
+        named = {entry.name for entry in path.iterdir() if entry.is_dir()}
+        if "train" in named and named <= {
+            "train",
+            "test",
+            *_VALIDATION,
+        }:  # splits, in which the folders are the classes
+            splits = datasets.load_dataset("imagefolder", data_dir=place, **options)
+        else:
+            splits = datasets.load_dataset("imagefolder", data_files={"train": str(path / "**")}, **options)
     else:
         splits = datasets.load_dataset("parquet", data_files={"train": place}, **options)
     if not options["streaming"] and len(splits["train"]) == 0:
