@@ -90,6 +90,15 @@ def test_flags_of_every_command_exist(command, monkeypatch):
     parse_arguments(*DATACLASSES[script], description="", first="folders" if script == "run_report.py" else None)
 
 
+def test_flags_of_the_whole_story_exist(monkeypatch):
+    lines = re.sub(r"\\+\n\s*", " ", (ROOT / "scripts" / "pipeline.sh").read_text().replace("$objective", "causal"))
+    steps = re.findall(r'^\s*step "\S+" (run_\w+\.py) (.*)$', lines, flags=re.MULTILINE)
+    assert {script for script, _ in steps} == set(DATACLASSES) - {"run_convert.py", "run_publish.py"}
+    for script, flags in steps:
+        monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags)])
+        parse_arguments(*DATACLASSES[script], description="", first="folders" if script == "run_report.py" else None)
+
+
 def test_commands_and_snippets_run_in_their_order(workplace):
     """Commands without outside data, as written but for the length of training; then the python snippets."""
     run_here = [command for command in commands(README) if not any(word in command for word in ELSEWHERE)]
