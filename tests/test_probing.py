@@ -593,13 +593,15 @@ def test_several_models_in_one_folder(models, tmp_path):
     assert records == [record for name in models for record in read_records(tmp_path / "out" / name / "probe.json")]
 
 
-def test_fine_tuned_models_and_other_seeds_are_named(tmp_path, capsys):
-    """A model that saw labels, or the test images, is none whose probe can be held against the others'."""
+def test_fine_tuned_models_are_named_and_splits_are_the_models(tmp_path, capsys):
+    """A model that saw labels is none whose probe can be held against the others'; none is tested on what it was trained on."""
     folder = save_model(tmp_path / "run", seed=7, **{"started from": "pretrained"})
     records = run(folder, **QUICK)
     assert all(record.settings["fine-tuned"] and ", fine-tuned, " in record.model for record in records)
     said = capsys.readouterr().out
-    assert "was trained with --seed 7, not 42" in said and "Test accuracy" in said
+    assert "Splits are drawn by seed 7" in said and "Test accuracy" in said
+    with pytest.raises(ValueError, match=r"splits of different seeds, \[7, 8\]"):
+        run(folder, save_model(tmp_path / "other", seed=8), **QUICK, output_dir=str(tmp_path / "out"))
 
 
 def test_flags(models, monkeypatch, tmp_path):

@@ -444,7 +444,7 @@ def test_fit_clusters(tmp_path, palette, capsys):
         ({"max_minutes": 1, "lr_scheduler_type": "linear"}, "cosine"),
         ({"milestones": "0.5,2"}, "over 0 and up to 1"),
         ({"milestones": "half"}, "fractions of training between commas"),
-        ({"objective": "bert"}, "causal, masked"),
+        ({"objective": "bert"}, 'objective is "causal" or "masked"'),
         ({"prediction_loss_only": True}, "prediction_loss_only"),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent"),
         ({"images": {"validation_dir": "x"}}, "goes with --train_dir"),
