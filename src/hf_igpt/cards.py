@@ -470,9 +470,9 @@ def _is_probe(record: Record, split: str, few_labels: bool = False) -> bool:
     return linear and record.split == split and "layer" in settings and ("labels per class" in settings) == few_labels
 
 
-def _is_fine_tuned(record: Record, split: str, start: str = "pretrained") -> bool:
+def _is_fine_tuned(record: Record, split: str) -> bool:
     settings = record.settings
-    return settings.get("started from") == start and (record.metric, record.split) == ("accuracy", split)
+    return settings.get("started from") == "pretrained" and (record.metric, record.split) == ("accuracy", split)
 
 
 def _is_generation(record: Record) -> bool:

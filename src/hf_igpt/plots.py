@@ -154,9 +154,7 @@ def layer_curves(runs: dict[str, list]) -> Image.Image:
 def loss_against_probe(runs: dict[str, list[tuple[float, float]]]) -> Image.Image:
     """Probe accuracy (0..1) against held-out nats per pixel of each run's checkpoints, in their order [V2 Figure 3]."""
     with _figure(figsize=(7, 4.5)) as (figure, axis):
-        for name, points in runs.items():
-            losses, accuracies = zip(*points, strict=True)
-            axis.plot(losses, [100 * accuracy for accuracy in accuracies], marker="o", label=name)
+        _percent_lines(axis, runs, marker="o")
         axis.invert_xaxis()  # training goes to the right, as in the paper
         axis.set_xlabel("held-out loss, nats per pixel")
         axis.set_ylabel("linear probe, test accuracy, %")
@@ -183,9 +181,7 @@ def accuracy_bars(groups: dict[str, dict[str, float]]) -> Image.Image:
 def accuracy_courses(runs: dict[str, list[tuple[float, float]]]) -> Image.Image:
     """Validation accuracy (0..1) over epochs of several fine-tuning runs."""
     with _figure(figsize=(7, 4)) as (figure, axis):
-        for name, points in runs.items():
-            epochs, accuracies = zip(*points, strict=True)
-            axis.plot(epochs, [100 * accuracy for accuracy in accuracies], marker=".", label=name)
+        _percent_lines(axis, runs, marker=".")
         axis.set_xlabel("epochs")
         axis.set_ylabel("validation accuracy, %")
         axis.legend(fontsize=8)
@@ -282,6 +278,13 @@ def histogram(
         axis.set_ylabel("images of the set, %")
         figure.legend(loc="outside upper center", ncols=len(sets) + 1, fontsize=8, title=title, title_fontsize=9)
         return _picture(figure)
+
+
+def _percent_lines(axis, runs: dict[str, list[tuple[float, float]]], marker: str):
+    """A line for each run through its points (x, accuracy in 0..1), in per cent."""
+    for name, points in runs.items():
+        at, accuracies = zip(*points, strict=True)
+        axis.plot(at, [100 * accuracy for accuracy in accuracies], marker=marker, label=name)
 
 
 @contextmanager
