@@ -11,6 +11,7 @@ from hf_igpt.clusters import (
     distortion,
     fit_palette,
     load_palette,
+    lookup_table,
     nearest_color,
     to_grey_levels,
     to_unit_range,
@@ -40,9 +41,81 @@ def test_nearest_color_is_brute_force(kind, palette):
     pixels = rng.integers(0, 256, (40, 25, 3), dtype=np.uint8)
     expected = brute_force(pixels, palette)
     assert np.array_equal(nearest_color(pixels, palette), expected)
-    assert np.array_equal(nearest_color(pixels, palette), expected)  # from the table this time
     assert np.array_equal(nearest_color(to_unit_range(pixels), palette), expected)  # the path of floats
     assert nearest_color(pixels, palette).dtype == np.int64
+
+
+def degenerate_palette(kind: str, n: int) -> np.ndarray:
+    rng = np.random.default_rng(3)
+    line = np.linspace(-1, 1, n)
+    sphere = rng.normal(size=(n, 3))
+    sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
+    return {
+        "anywhere": rng.uniform(-1, 1, (n, 3)),
+        "levels": to_unit_range(rng.integers(0, 256, (n, 3))),  # many colours are equally near to two of these
+        "line": np.stack([line, 0.5 * line, -0.3 * line], axis=1),
+        "shuffled greys": np.repeat(to_unit_range(rng.permutation(n) % 256)[:, None], 3, axis=1),
+        "sphere": sphere,
+        "small sphere": 0.3 + 1e-2 * sphere,
+        "point": 0.3 + 1e-10 * sphere,
+        "corner": np.clip(1 + 0.02 * sphere, -1, 1),
+        "duplicates": rng.uniform(-1, 1, (5, 3))[rng.integers(0, 5, n)],
+        "one": rng.uniform(-1, 1, (1, 3)),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "anywhere",
+        "levels",
+        "line",
+        "shuffled greys",
+        "sphere",
+        "small sphere",
+        "point",
+        "corner",
+        "duplicates",
+        "one",
+    ],
+)
+def test_the_table_is_brute_force(kind):
+    """All colours of some planes of red, 65,536 each, for 512 colours; for 24 the distances of the whole cube."""
+
+    def planes(reds, palette):
+        levels = to_unit_range(np.arange(256))
+        for red in reds:
+            best, nearest = np.full((256, 256), np.inf), np.zeros((256, 256), np.int64)
+            for k, (r, g, b) in enumerate(palette):
+                distance = ((levels[red] - r) ** 2 + (levels - g) ** 2)[:, None] + (levels - b) ** 2
+                nearer = distance < best
+                best[nearer], nearest[nearer] = distance[nearer], k
+            yield red, nearest
+
+    for n_colors, reds in ((512, (0, 95, 160, 255)), (24, range(256)) if kind == "levels" else (24, (3,))):
+        palette = degenerate_palette(kind, n_colors)
+        table = lookup_table(palette).reshape(256, 256, 256)
+        for red, nearest in planes(reds, palette):
+            assert np.array_equal(table[red], nearest), f"{kind}, {n_colors} colours, red {red}"
+
+
+def test_the_table_is_built_once_and_kept_small(palette):
+    table = lookup_table(palette)
+    assert table.nbytes <= 32 * 2**20 and not table.flags.writeable
+    assert np.shares_memory(lookup_table(palette.copy()), table)
+
+
+def test_pixels_of_any_layout(palette):
+    pixels = np.random.default_rng(4).integers(
+        0, 256, (3, 70, 200, 3), dtype=np.uint8
+    )  # more than are looked up at once
+    expected = nearest_color(pixels.reshape(-1, 3), palette)
+    assert np.array_equal(expected[:500], brute_force(pixels.reshape(-1, 3)[:500], palette))
+    channels_first = np.ascontiguousarray(np.moveaxis(pixels, -1, 1))
+    assert np.array_equal(nearest_color(np.moveaxis(channels_first, 1, -1), palette).reshape(-1), expected)
+    assert np.array_equal(nearest_color(pixels[:, ::-1], palette), nearest_color(pixels, palette)[:, ::-1])
+    assert nearest_color(np.zeros((0, 3), np.uint8), palette).shape == (0,)
+    assert nearest_color(pixels[0, 0, 0], palette).shape == ()
 
 
 def test_ties_go_to_the_lowest_index():

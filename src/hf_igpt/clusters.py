@@ -12,8 +12,14 @@ from pathlib import Path
 import numpy as np
 
 
-MAX_COLORS = 65535  # tokens are stored as uint16, and one value of the lookup table means "not computed yet"
+MAX_COLORS = 65535  # tokens and SOS, the palette's length, are stored as uint16
 _CHUNK = 8192  # pixels whose distances to all colours are held at once: 8192 x 512 x 8 bytes = 32 MiB
+_LOOKUP = 32768  # pixels looked up at once, so that their codes stay in the processor's cache
+# Cells of the colour cube, from coarse to fine: side in grey levels, and how many candidates are few enough to compare at
+# every colour of the cell. Any values give the same table; these give it soon.
+_CELLS = ((32, 1), (8, 6), (4, MAX_COLORS))
+_WORK = 32768  # distances held at once while the table is built
+_ROUNDING = 1e-12  # over what rounding does to a squared distance of colours in [-1, 1]: 12 x 2^-52, a few times
 _PORTION = 20  # of Lloyd's iterations
 _MAX_ITERATIONS = 1000
 
@@ -53,28 +59,131 @@ def nearest_color(pixels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     pixels: (..., 3), uint8 grey levels, or floats on the palette's scale. clusters: (K, 3) from `check_palette`.
     Returns int64 (...), in 0..K-1. Distances are summed in float64 as (dR² + dG²) + dB²; of equally near colours the
     lowest index wins. Follows OpenAI's `color_quantize` (src/utils.py) without its rounding. Uint8 pixels are looked up
-    in a table of the 2^24 colours that is filled as colours occur and kept per palette.
+    in `lookup_table`, which the first of them builds.
     """
     pixels = np.asarray(pixels)
     if pixels.ndim < 1 or pixels.shape[-1] != 3:
         raise ValueError(f"Pixels have 3 channels in the last dimension; found shape {pixels.shape}.")
     if pixels.dtype != np.uint8:
         return _nearest_by_distance(pixels.reshape(-1, 3).astype(np.float64), clusters).reshape(pixels.shape[:-1])
-    table = _lookup_table(clusters.tobytes())
-    code = pixels.astype(np.uint32)
-    code = (code[..., 0] << 16) | (code[..., 1] << 8) | code[..., 2]
-    found = table[code]  # token + 1, or 0 where the colour has not occurred before
-    if not found.all():
-        new = np.unique(code[found == 0])
-        colors = np.stack([new >> 16, (new >> 8) & 255, new & 255], axis=-1)
-        table[new] = _nearest_by_distance(to_unit_range(colors), clusters) + 1
-        found = table[code]
-    return found.astype(np.int64) - 1
+    table = lookup_table(clusters)
+    codes = np.zeros((*pixels.shape[:-1], 4), np.uint8)
+    for channel in range(3):
+        codes[..., 2 - channel] = pixels[..., channel]
+    codes = codes.view("<u4").reshape(-1)  # R << 16 | G << 8 | B
+    tokens = np.empty(len(codes), np.int64)
+    for start in range(0, len(codes), _LOOKUP):
+        tokens[start : start + _LOOKUP] = table.take(codes[start : start + _LOOKUP])
+    return tokens.reshape(pixels.shape[:-1])
+
+
+def lookup_table(clusters: np.ndarray) -> np.ndarray:
+    """Nearest palette colour of all 2^24 colours: uint16 (2^24,) at R << 16 | G << 8 | B, 32 MiB, read-only.
+
+    clusters: (K, 3) from `check_palette`. Equal, bit for bit, to comparing float64 distances to all K colours, of equal
+    ones the lowest index. Built once for each palette, in tenths of a second for 512 colours.
+    """
+    return _lookup_table(clusters.tobytes())
 
 
 @lru_cache(maxsize=4)
-def _lookup_table(palette_bytes: bytes) -> np.ndarray:
-    return np.zeros(2**24, dtype=np.uint16)
+def _lookup_table(palette: bytes) -> np.ndarray:
+    clusters = np.frombuffer(palette).reshape(-1, 3)
+    # Of equal colours only the first can be the nearest. Colours below are rows of `colors`, in the palette's order.
+    rows = np.sort(np.unique(clusters, axis=0, return_index=True)[1])
+    colors = clusters[rows]
+    table = np.empty((256, 256, 256), np.uint16)
+    # Cells, each with its candidates: the colours that are nearest somewhere in it. At first the whole cube, with all.
+    corners, counts, candidates = np.zeros((1, 3), np.int64), np.array([len(rows)]), np.arange(len(rows))
+    side = 256
+    for smaller, few in _CELLS:
+        corners, counts, candidates = _divide(corners, counts, candidates, side, smaller, colors)
+        side = smaller
+        settled = counts <= few
+        _settle(table, corners[settled], counts[settled], candidates[np.repeat(settled, counts)], side, colors, rows)
+        corners, candidates, counts = corners[~settled], candidates[np.repeat(~settled, counts)], counts[~settled]
+        if not len(counts):
+            break
+    table.setflags(write=False)
+    return table.reshape(-1)
+
+
+def _groups(counts: np.ndarray, candidates: np.ndarray, distances_of):
+    """Cells with about as many candidates: their indices (C,), and their candidates (C, m), the last repeated up to m.
+
+    distances_of(m) is the number of distances that a cell of m candidates will need at once.
+    """
+    starts = np.cumsum(counts) - counts
+    order = np.argsort(counts, kind="stable")
+    begin = 0
+    while begin < len(order):
+        cells = order[begin : begin + max(1, _WORK // distances_of(counts[order[begin]]))]
+        begin += len(cells)
+        position = np.minimum(np.arange(counts[cells[-1]]), counts[cells][:, None] - 1)
+        yield cells, candidates[starts[cells][:, None] + position]
+
+
+def _divide(corners, counts, candidates, side: int, smaller: int, colors: np.ndarray):
+    """Cells of `side` levels -> cells of `smaller` levels, each with those of its parent's candidates that can win in it.
+
+    In a box, d²(c) - d²(w) of two colours is linear: least at a corner, below its value at the centre by |c - w|₁ times
+    the box's width. So c can be nearer than w, the centre's nearest, only where that difference allows it.
+    """
+    n = side // smaller
+    steps = np.arange(n) * smaller
+    levels = to_unit_range(np.arange(256))
+    width = to_unit_range(smaller - 1) - to_unit_range(0)  # of the box from the first to the last level of a cell
+    all_corners, all_counts, all_candidates = [], [], []
+    for cells, found in _groups(counts, candidates, lambda m: m * n**3):
+        first = corners[cells][:, :, None] + steps  # (C, 3, n)
+        centers = (levels[first] + levels[first + smaller - 1]) / 2
+        color = colors[found].transpose(2, 0, 1)[..., None, :]  # (3, C, 1, m)
+        r, g, b = np.square(centers.transpose(1, 0, 2)[..., None] - color)  # each (C, n, m)
+        distance = (r[:, :, None, None] + g[:, None, :, None] + b[:, None, None]).reshape(len(cells), n**3, -1)
+        winner = distance.argmin(axis=-1)  # (C, n³)
+        won = np.take_along_axis(distance, winner[..., None], axis=-1)
+        winner = colors[np.take_along_axis(found, winner, axis=1)].transpose(2, 0, 1)[..., None]  # (3, C, n³, 1)
+        apart = np.abs(color[0] - winner[0]) + np.abs(color[1] - winner[1]) + np.abs(color[2] - winner[2])
+        can_win = distance - won <= apart * width + _ROUNDING  # (C, n³, m)
+        can_win &= (np.arange(found.shape[1]) < counts[cells][:, None])[:, None]
+        cell, _, which = can_win.nonzero()
+        all_candidates.append(found[cell, which])
+        all_counts.append(can_win.sum(axis=-1).reshape(-1))
+        r, g, b = first.transpose(1, 0, 2)
+        grid = np.broadcast_arrays(r[:, :, None, None], g[:, None, :, None], b[:, None, None])
+        all_corners.append(np.stack(grid, axis=-1).reshape(-1, 3))
+    return np.concatenate(all_corners), np.concatenate(all_counts), np.concatenate(all_candidates)
+
+
+def _settle(table, corners, counts, candidates, side: int, colors: np.ndarray, rows: np.ndarray):
+    """Write the nearest of each cell's candidates at every colour of it into `table` (256, 256, 256)."""
+    if not len(counts):
+        return
+    n = 256 // side
+    table = table.reshape(n, side, n, side, n, side)
+    levels = to_unit_range(np.arange(256))
+    names = rows.astype(table.dtype)
+    for cells, found in _groups(counts, candidates, lambda m: side**3):
+        level = levels[corners[cells].T[:, None] + np.arange(side)[:, None]]  # (3, side, C)
+        found = found.T  # (m, C), ascending
+        tokens = np.empty((side, side, side, len(cells)), table.dtype)
+        tokens[:] = names[found[0]]
+        if len(found) > 1:
+            best, distance, nearer = np.empty(tokens.shape), np.empty(tokens.shape), np.empty(tokens.shape, bool)
+            _distances(level, colors[found[0]], out=best)
+            for candidate in found[1:]:
+                _distances(level, colors[candidate], out=distance)
+                np.less(distance, best, out=nearer)
+                np.minimum(distance, best, out=best)
+                np.copyto(tokens, names[candidate], where=nearer)
+        r, g, b = (corners[cells] // side).T
+        table[r, :, g, :, b] = tokens.transpose(3, 0, 1, 2)
+
+
+def _distances(level: np.ndarray, color: np.ndarray, out: np.ndarray):
+    """Squared distances of the colours of C cells, levels (3, side, C), to one colour for each, (C, 3): (side³, C)."""
+    r, g, b = np.square(level - color.T[:, None])  # each (side, C)
+    np.add((r[:, None] + g)[:, :, None], b, out=out)
 
 
 def _nearest_by_distance(pixels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
