@@ -262,3 +262,49 @@ def test_bad_tokens(palette):
         processor.decode(torch.zeros(1, 8, dtype=torch.long), missing="black")
     with pytest.raises(ValueError, match="no palette"):
         Processor(size=8).decode(torch.zeros(1, 8, dtype=torch.long))
+
+
+def test_eight_bit_images_give_the_tokens_of_the_general_path(palette, monkeypatch):
+    """PIL's short way and the way through normalised floats, for every kind of image that takes the short one."""
+    rgba = np.dstack([PIXELS, RNG.integers(0, 256, PIXELS.shape[:2], dtype=np.uint8)])
+    images = [
+        PHOTO,
+        PHOTO.convert("L"),
+        PHOTO.convert("P"),
+        Image.fromarray(rgba),
+        PIXELS,
+        PIXELS.transpose(2, 0, 1),
+        rgba,
+        PIXELS[..., :1],
+        PIXELS[..., 0],
+        PIXELS[:1],  # (1, 30, 3): one grey image of 30 x 3, as transformers reads it
+        PIXELS[:3],
+        torch.tensor(PIXELS),
+        torch.tensor(PIXELS.transpose(2, 0, 1)),
+    ]
+    for options in ({"size": 8}, {"size": {"height": 20, "width": 30}}, {"size": 8, "do_center_crop": True}):
+        processor = Processor(clusters=palette, **options)
+        short = [processor(image)["input_ids"] for image in images]
+        together = np.concatenate([processor(batch)["input_ids"] for batch in (images[:4], images[4:5] * 3)])
+        assert np.array_equal(together, np.concatenate([*short[:4], *[short[4]] * 3]))
+        with monkeypatch.context() as patch:
+            if BACKEND == "pil":
+                patch.setattr(Processor, "_keeps_eight_bits", lambda self, **options: False)
+            for image, tokens in zip(images, short, strict=True):
+                assert np.array_equal(processor(image)["input_ids"], tokens)
+
+
+def test_changed_options_count_and_are_checked(palette):
+    processor = Processor(clusters=palette, size=8)
+    assert processor(PHOTO)["input_ids"].shape == (1, 64)
+    processor.size = {"height": 4, "width": 4}
+    assert processor(PHOTO)["input_ids"].shape == (1, 16)
+    processor.clusters = palette[:1]
+    assert not processor(PHOTO)["input_ids"].any()
+    processor.clusters = palette + 2
+    with pytest.raises(ValueError, match=r"\[-1, 1\]"):
+        processor(PHOTO)
+    processor.clusters = None
+    with pytest.raises(ValueError, match="no palette"):
+        processor(PHOTO)
+    assert "_checked_options" not in processor.to_dict()

@@ -80,15 +80,16 @@ def nearest_color(pixels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
 def lookup_table(clusters: np.ndarray) -> np.ndarray:
     """Nearest palette colour of all 2^24 colours: uint16 (2^24,) at R << 16 | G << 8 | B, 32 MiB, read-only.
 
-    clusters: (K, 3) from `check_palette`. Equal, bit for bit, to comparing float64 distances to all K colours, of equal
-    ones the lowest index. Built once for each palette, in tenths of a second for 512 colours.
+    clusters: a palette, float64 (K, 3); what `check_palette` refuses is a ValueError. Equal, bit for bit, to comparing
+    float64 distances to all K colours, of equal ones the lowest index. Built once for each palette, in tenths of a second
+    for 512 colours.
     """
-    return _lookup_table(clusters.tobytes())
+    return _lookup_table(clusters.tobytes(), clusters.shape)
 
 
 @lru_cache(maxsize=4)
-def _lookup_table(palette: bytes) -> np.ndarray:
-    clusters = np.frombuffer(palette).reshape(-1, 3)
+def _lookup_table(palette: bytes, shape: tuple) -> np.ndarray:
+    clusters = check_palette(np.frombuffer(palette).reshape(shape))
     # Of equal colours only the first can be the nearest. Colours below are rows of `colors`, in the palette's order.
     rows = np.sort(np.unique(clusters, axis=0, return_index=True)[1])
     colors = clusters[rows]

@@ -56,6 +56,7 @@ class _ColorQuantization:
     image_std = [0.5, 0.5, 0.5]
     do_color_quantize = True
     clusters = None
+    _checked_options = (), None
 
     def __init__(self, clusters=None, **kwargs):
         super().__init__(clusters=None if clusters is None else check_palette(clusters), **kwargs)
@@ -69,6 +70,10 @@ class _ColorQuantization:
 
     def fetch_images(self, image_url_or_urls):
         """Images behind paths and URLs, by PIL in both backends. One that cannot be read is a ValueError naming it."""
+        if isinstance(image_url_or_urls, (list, tuple)) and not any(
+            isinstance(image, (str, list, tuple)) for image in image_url_or_urls
+        ):
+            return image_url_or_urls  # images already; whether they are is seen later
         if not isinstance(image_url_or_urls, str):
             return super().fetch_images(image_url_or_urls)
         from PIL import Image, ImageOps
@@ -92,6 +97,22 @@ class _ColorQuantization:
             if 0 in shape:
                 raise ValueError(f"Image {index} is empty: its shape is {tuple(shape)}.")
         return images
+
+    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+        # The call without options is the frequent one: transformers' checks of them would take longer than the tokens.
+        if args or not kwargs.keys() <= {"return_tensors"}:
+            return super().preprocess(images, *args, **kwargs)
+        return self._preprocess_image_like_inputs(images, **(self._own_options() | kwargs))
+
+    def _own_options(self) -> dict:
+        """The processor's own options as `preprocess` passes them on, checked whenever one of them is a new object."""
+        values = [getattr(self, name, None) for name in self._valid_kwargs_names]
+        checked, options = self._checked_options
+        if options is None or any(a is not b for a, b in zip(values, checked, strict=True)):
+            options = self._standardize_kwargs(**dict(zip(self._valid_kwargs_names, values, strict=True)))
+            self._validate_preprocess_kwargs(**options)
+            self._checked_options = values, options
+        return options
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs):
         # The conversion to RGB is ours: transformers' own has changed between versions.
@@ -158,20 +179,13 @@ class _ColorQuantization:
         if not do_color_quantize:
             return BatchFeature({"pixel_values": [normalized(image) for image in sized]}, tensor_type=return_tensors)
 
-        clusters = check_palette(clusters)
-        standard_scale = (
-            (do_rescale and do_normalize and abs(rescale_factor * 255 - 1) < 1e-12)
-            and set(np.atleast_1d(image_mean)) == {0.5}
-            and set(np.atleast_1d(image_std)) == {0.5}
-        )
-        tokens = []
+        eight_bits = _is_unit_range(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+        pixels = []
         for image in sized:
-            if not (standard_scale and image.dtype in (np.uint8, torch.uint8)):
+            if not (eight_bits and image.dtype in (np.uint8, torch.uint8)):
                 image = normalized(image)
-            channels_last = np.moveaxis(np.asarray(image.cpu() if torch.is_tensor(image) else image), 0, -1)
-            tokens.append(nearest_color(channels_last, clusters).reshape(-1))
-        if len({len(row) for row in tokens}) == 1:
-            tokens = np.stack(tokens)  # (B, N)
+            pixels.append(np.moveaxis(np.asarray(image.cpu() if torch.is_tensor(image) else image), 0, -1))
+        tokens = _tokens(pixels, check_palette(clusters))
         features = BatchFeature({"input_ids": tokens}, tensor_type=return_tensors)
         if return_tensors == "pt" and torch.is_tensor(sized[0]):
             features["input_ids"] = features["input_ids"].to(sized[0].device)
@@ -246,6 +260,7 @@ class _ColorQuantization:
 
     def to_dict(self):
         output = super().to_dict()
+        output.pop("_checked_options", None)
         if output.get("clusters") is not None:
             output["clusters"] = np.asarray(output["clusters"]).tolist()  # float64: JSON keeps every bit
         if output.get("do_center_crop") and output.get("crop_size") is None and "height" in output["size"]:
@@ -271,13 +286,111 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
     an empty or unreadable image (its index or path).
     """
 
+    def _preprocess_image_like_inputs(self, images, *args, **kwargs) -> BatchFeature:
+        """As transformers', but images of 8 bits stay PIL images or uint8 until they are tokens: no copies in between."""
+        if not self._keeps_eight_bits(**kwargs):
+            return super()._preprocess_image_like_inputs(images, *args, **kwargs)
+        images = self._prepare_images_structure(images)
+        if not all(is_pil_image(image) or image.dtype in (np.uint8, torch.uint8) for image in images):
+            return super()._preprocess_image_like_inputs(images, *args, **kwargs)
+        size = (kwargs["size"].width, kwargs["size"].height) if kwargs["do_resize"] else None
+        pixels = []
+        for image in images:
+            image = _rgb(_eight_bit(image)) if is_pil_image(image) else _pixels(image, kwargs["input_data_format"])
+            pixels.append(_resized(image, size, kwargs["resample"], kwargs["do_center_crop"]))
+        tokens = _tokens(pixels, np.asarray(kwargs["clusters"], dtype=np.float64))
+        return BatchFeature({"input_ids": tokens}, tensor_type=kwargs["return_tensors"])
+
+    def _keeps_eight_bits(
+        self,
+        do_color_quantize,
+        do_convert_rgb,
+        do_resize,
+        size,
+        resample,
+        do_center_crop,
+        crop_size,
+        do_rescale,
+        rescale_factor,
+        do_normalize,
+        image_mean,
+        image_std,
+        **kwargs,
+    ) -> bool:
+        """Whether PIL alone, at most cropping a square and resizing, makes of an image what is quantised."""
+        return bool(
+            (do_color_quantize and do_convert_rgb)
+            and (not do_resize or (size.height and size.width and isinstance(resample, int)))
+            and (not do_center_crop or crop_size is None or crop_size == size)
+            and _is_unit_range(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+        )
+
+
+def _is_unit_range(do_rescale, rescale_factor, do_normalize, image_mean, image_std) -> bool:
+    """Whether grey levels 0..255 become the palette's scale, [-1, 1], so that 8-bit colours can be looked up."""
+    return bool(
+        (do_rescale and do_normalize and abs(rescale_factor * 255 - 1) < 1e-12)
+        and set(np.atleast_1d(image_mean)) == {0.5}
+        and set(np.atleast_1d(image_std)) == {0.5}
+    )
+
+
+def _tokens(pixels: list, palette: np.ndarray):
+    """Tokens of images, each PIL or an array (H, W, 3): (B, N) int64, or where sizes differ a list of (N,)."""
+    shapes = {image.size if is_pil_image(image) else image.shape for image in pixels}
+    if len(shapes) > 1:
+        return [nearest_color(np.asarray(image), palette).reshape(-1) for image in pixels]
+    pixels = _one_array(pixels) if all(is_pil_image(image) for image in pixels) else np.stack(pixels)
+    return nearest_color(pixels, palette).reshape(len(pixels), -1)
+
+
+def _one_array(images: list) -> np.ndarray:
+    """PIL images (mode RGB) of one size -> uint8 (B, H, W, 3), by way of one tall image: numpy is slow to open many."""
+    from PIL import Image
+
+    width, height = images[0].size
+    column = images[0]
+    if len(images) > 1:
+        column = Image.new("RGB", (width, height * len(images)))
+        for row, image in enumerate(images):
+            column.paste(image, (0, row * height, width, (row + 1) * height))
+    return np.asarray(column).reshape(len(images), height, width, 3)
+
+
+def _pixels(image, input_data_format=None) -> np.ndarray:
+    """An array of 8-bit greys, RGB or RGBA, in either layout -> uint8 (H, W, 3)."""
+    if input_data_format is None and image.shape[2] == 3 and image.shape[0] not in (1, 3, 4):
+        return np.asarray(image)  # the frequent kind, that leaves no question
+    image = np.asarray(_rgb_array(_eight_bit_array(image), input_data_format))
+    layout = input_data_format or infer_channel_dimension_format(image, num_channels=3)
+    return image if ChannelDimension(layout) == ChannelDimension.LAST else np.moveaxis(image, 0, -1)
+
+
+def _resized(image, size: tuple[int, int] | None, resample: int, square: bool):
+    """An RGB image, PIL or (H, W, 3), cropped to its largest central square and resized to (width, height), if asked to."""
+    from PIL import Image
+
+    if is_pil_image(image):
+        if square and image.width != image.height:
+            image = image.crop(_square_box(image.height, image.width))
+        return image if size in (None, image.size) else image.resize(size, resample)
+    if square:
+        image = np.moveaxis(_largest_central_square(np.moveaxis(image, -1, 0)), 0, -1)
+    if size in (None, image.shape[1::-1]):
+        return image
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, resample))
+
 
 def _largest_central_square(image):
     """(C, H, W) -> (C, S, S) with S = min(H, W); an odd margin leaves its extra pixel at the bottom or right."""
-    height, width = image.shape[-2:]
+    left, top, right, bottom = _square_box(*image.shape[-2:])
+    return image[..., top:bottom, left:right]
+
+
+def _square_box(height: int, width: int) -> tuple[int, int, int, int]:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    return image[..., top : top + side, left : left + side]
+    return left, top, left + side, top + side
 
 
 def _eight_bit(image):
@@ -303,6 +416,9 @@ def _rgb(image):
     """A PIL image -> mode RGB, transparency composited onto white."""
     from PIL import Image
 
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()  # errors of lazily read files come here
+        return image
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     image = image.convert("RGBA")
