@@ -15,6 +15,7 @@ from hf_igpt.data import DataArguments
 from hf_igpt.evaluation import ScoreArguments, markdown_table, read_records
 from hf_igpt.generation import SampleArguments
 from hf_igpt.hub import PublishArguments
+from hf_igpt.planning import PlanArguments
 from hf_igpt.probing import ProbeArguments
 from hf_igpt.training import (
     ClustersArguments,
@@ -37,6 +38,7 @@ DATACLASSES = {
     "run_linear_probe.py": (ProbeArguments, DataArguments),
     "run_score.py": (ScoreArguments, DataArguments),
     "run_report.py": (ReportArguments, DataArguments),
+    "run_plan.py": (PlanArguments,),
 }
 ELSEWHERE = (
     "--checkpoint",
@@ -93,7 +95,7 @@ def test_flags_of_every_command_exist(command, monkeypatch):
 def test_flags_of_the_whole_story_exist(monkeypatch):
     lines = re.sub(r"\\+\n\s*", " ", (ROOT / "scripts" / "pipeline.sh").read_text().replace("$objective", "causal"))
     steps = re.findall(r'^\s*step "\S+" (run_\w+\.py) (.*)$', lines, flags=re.MULTILINE)
-    assert {script for script, _ in steps} == set(DATACLASSES) - {"run_convert.py", "run_publish.py"}
+    assert {script for script, _ in steps} == set(DATACLASSES) - {"run_convert.py", "run_publish.py", "run_plan.py"}
     for script, flags in steps:
         monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags)])
         parse_arguments(*DATACLASSES[script], description="", first="folders" if script == "run_report.py" else None)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -304,14 +305,19 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             )
 
 
+def _has_values(tensor: torch.Tensor) -> bool:
+    """Whether values can be looked at: not while compiling or exporting, nor those of meta and fake tensors."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def check_tokens(tokens: torch.Tensor, limit: int, name: str, config: ImageGPTConfig, ignore: bool = False):
-    """ValueError unless all `tokens` are integers in 0..limit-1 (or −100, with `ignore`). Not while compiling."""
+    """ValueError unless all `tokens` are integers in 0..limit-1 (or −100, with `ignore`), where they have values."""
     if tokens.is_floating_point() or tokens.ndim != 2:
         raise ValueError(
             f"`{name}` are integer tokens of shape (B, T); found {tokens.dtype} of shape {tuple(tokens.shape)}. "
             "The image processor turns images into tokens."
         )
-    if torch.compiler.is_compiling() or tokens.numel() == 0 or tokens.is_meta:
+    if tokens.numel() == 0 or not _has_values(tokens):
         return
     bad = (tokens < 0) | (tokens >= limit)
     if ignore:
@@ -390,13 +396,13 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             check_tokens(labels, n_colors, "labels", self.config, ignore=True)
             labels = labels.long()
             if labels_alone:
-                if not torch.compiler.is_compiling() and not labels.is_meta and (labels == IGNORE_INDEX).any():
+                if _has_values(labels) and (labels == IGNORE_INDEX).any():
                     raise ValueError(
                         "`labels` with −100 say nothing of the pixels fed: pass `input_ids` (SOS first) beside them."
                     )
                 input_ids = shift_right(labels, self.config.sos_token_id)
                 use_cache = bool(use_cache)
-            elif input_ids is not None and not torch.compiler.is_compiling() and not self._starts_with_sos(input_ids):
+            elif input_ids is not None and _has_values(input_ids) and not self._starts_with_sos(input_ids):
                 logger.warning_once(
                     "`input_ids` beside `labels` do not start with SOS: pixel 0 is never scored. "
                     "`model(labels=tokens)` alone adds SOS and scores every pixel."
@@ -663,7 +669,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         return pixel_nats(logits, pixels).mean(dim=1)
 
     def _check_labels(self, labels):
-        if torch.compiler.is_compiling() or labels.is_meta or labels.numel() == 0:
+        if labels.numel() == 0 or not _has_values(labels):
             return
         low, high = int(labels.min()), int(labels.max())
         if high >= self.num_labels or (low < 0 and low != IGNORE_INDEX):

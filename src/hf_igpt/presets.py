@@ -1,7 +1,8 @@
 """Every number of the paper, once, with its source. No logic: other modules look numbers up here.
 
 Sources: [V2] Chen et al., "Generative Pretraining from Pixels", ICML 2020, version 2; [code] github.com/openai/image-gpt
-(`src/model.py`, `src/run.py`, `README.md`). What the paper does not state and we had to choose is marked "ours".
+(`src/model.py`, `src/run.py`, `README.md`); [blog] openai.com/index/image-gpt. What the paper does not state
+and we had to choose is marked "ours".
 """
 
 from dataclasses import dataclass, field
@@ -119,6 +120,8 @@ PUBLISHED = (
     Published("l", "fine-tuning", "CIFAR-10", 0.986, "paper, 4.6", objective="masked"),
     Published("l", "fine-tuning", "ILSVRC-2012", 0.665, "paper, 4.6", objective="masked"),
 )
+
+TRAINING_V100_DAYS = {"l": 2500}  # "roughly" [blog]
 
 # The embedded default: scikit-learn's digits, 8x8 scans with 17 grey levels.
 DIGITS_IMAGE_SIZE = 8
