@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -340,6 +340,40 @@ def random_mask(shape, generator: torch.Generator | None = None, probability: fl
     return torch.rand(shape, generator=generator) < probability
 
 
+class RoomyLayer(DynamicLayer):
+    """A `DynamicLayer` with room for `length` positions: new keys and values are written behind the old ones.
+
+    transformers' copies all that it has for every token. Here `keys` and `values` are views of what is filled, so that
+    attention reads no more than that. For generation only: what is written in place has no gradient.
+    """
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+        self._room = self._filled = None  # (keys, values) with room, and the views of them that were returned last
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        seen = self.get_seq_length()
+        total = seen + key_states.shape[-2]
+        current = (self.keys, self.values)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        replaced = self._filled is None or any(a is not b for a, b in zip(current, self._filled, strict=True))
+        if replaced or total > self._room[0].shape[-2]:  # the first time; after beams were reordered; beyond the room
+            length = max(total, self.length)
+            room = tuple(
+                states.new_empty((*states.shape[:2], length, states.shape[3])) for states in (key_states, value_states)
+            )
+            if seen:
+                for states, old in zip(room, current, strict=True):
+                    states[:, :, :seen] = old
+            self._room = room
+        for states, new in zip(self._room, (key_states, value_states), strict=True):
+            states[:, :, seen:total] = new
+        self.keys, self.values = self._filled = tuple(states[:, :, :total] for states in self._room)
+        return self.keys, self.values
+
+
 class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
     """Autoregressive image model: at position i, logits over the K colours of pixel i given SOS and the pixels before.
 
@@ -482,6 +516,17 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
                 "before the one it was trained at."
             )
         return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("past_key_values")
+        if given is None and type(cache) is DynamicCache and not cache.offloading:
+            cache.layers = [RoomyLayer(max_cache_length) for _ in cache.layers]
 
 
 class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
