@@ -856,7 +856,9 @@ def _trainer(args, model, train, held_out, processor, clock, callbacks) -> Image
     trainer.clock = clock
     if trainer.is_sharded and args.num_samples:
         args.num_samples = 0
-        _say(args, "No samples are drawn during training: the weights are shared out among processes (--num_samples 0).")
+        _say(
+            args, "No samples are drawn during training: the weights are shared out among processes (--num_samples 0)."
+        )
     if trainer.saves_shards and args.push_to_hub and args.hub_strategy != HubStrategy.END:
         args.hub_strategy = HubStrategy.END
         _say(args, "Only the finished model is pushed: sharded checkpoints hold no whole one (--hub_strategy end).")

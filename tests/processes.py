@@ -1,0 +1,74 @@
+"""What `test_several_processes.py` runs under torchrun: the steps named on the command line, in every process.
+
+    torchrun --nproc_per_node=2 tests/processes.py JOBS.json
+
+JOBS.json is a list of [name, keyword arguments]; each name is a function here.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from hf_igpt import training
+from hf_igpt.data import DataArguments
+from hf_igpt.training import ModelArguments, PretrainingArguments
+
+
+def launch_settings(config_file) -> dict[str, str]:
+    """The environment that `accelerate launch --config_file` gives the processes it starts with FSDP or DDP."""
+    flags = ["--config_file", str(config_file), "--main_process_ip", "localhost", "--main_process_port", "0", "x.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(flags))
+    environment = prepare_multi_gpu_env(arguments)
+    return {name: environment[name] for name in environment if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def allow_fsdp_on_cpus():
+    """Accelerate takes FSDP's plugin on accelerators alone; everything that follows works on CPUs with gloo as well."""
+    plain = AcceleratorState.__init__
+
+    def with_plugin(self, *args, fsdp_plugin=None, **kwargs):
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = with_plugin
+
+
+def pretrain(folder, model, images, environment=None, record=False, **options):
+    """A run; with `record`, the tokens that this process trains on, step by step, go to folder/seen-RANK.pt."""
+    for name in list(os.environ):
+        if name.startswith(("ACCELERATE_USE_FSDP", "ACCELERATE_MIXED", "FSDP_")):
+            del os.environ[name]
+    os.environ.update(environment or {})
+    seen, compute_loss = [], training.ImageGPTTrainer.compute_loss
+
+    def recording(self, model, inputs, *args, **kwargs):
+        seen.append((self.state.global_step, inputs["labels"].clone()))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    if record:
+        training.ImageGPTTrainer.compute_loss = recording
+    arguments = PretrainingArguments(output_dir=folder, use_cpu=True, disable_tqdm=True, **options)
+    try:
+        training.pretrain(ModelArguments(**model), DataArguments(**images), arguments)
+    finally:
+        training.ImageGPTTrainer.compute_loss = compute_loss
+    if record:
+        torch.save(seen, Path(folder) / f"seen-{arguments.process_index}.pt")
+
+
+if __name__ == "__main__":
+    allow_fsdp_on_cpus()
+    for job, keywords in json.loads(Path(sys.argv[1]).read_text()):
+        globals()[job](**keywords)
+    torch.distributed.destroy_process_group()
