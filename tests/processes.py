@@ -7,6 +7,7 @@ JOBS.json is a list of [name, keyword arguments]; each name is a function here.
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
 
-from hf_igpt import training
+from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling, training
 from hf_igpt.data import DataArguments
 from hf_igpt.training import ModelArguments, PretrainingArguments
 
@@ -67,8 +70,61 @@ def pretrain(folder, model, images, environment=None, record=False, **options):
         torch.save(seen, Path(folder) / f"seen-{arguments.process_index}.pt")
 
 
+def interrupt(folder, step, to):
+    """A run that stopped after the checkpoint of `step`, copied `to` another folder."""
+    if PartialState().is_main_process:
+        shutil.copytree(Path(folder) / f"checkpoint-{step}", Path(to) / f"checkpoint-{step}")
+        for begun in ("palette.png", "run.json"):
+            shutil.copy(Path(folder) / begun, to)
+    PartialState().wait_for_everyone()
+
+
+def load_sharded(source, report):
+    """Tensor parallelism and FSDP by transformers' own loader: what differs from the whole model, for each kind."""
+    whole = ImageGPTForCausalImageModeling.from_pretrained(source)
+    tokens = torch.arange(4 * 64).reshape(4, 64) * 7 % 16
+    expected = whole(labels=tokens)
+    expected.loss.backward()
+    found = {}
+    for kind in ("tp_size", "fsdp_size"):
+        config = DistributedConfig(**{kind: 2})
+        model = ImageGPTForCausalImageModeling.from_pretrained(source, distributed_config=config)
+        with torch.no_grad():
+            logits = (model(labels=tokens).logits - expected.logits).abs().max().item()
+        model(labels=tokens).loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        gradients = {
+            name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()
+        }
+        gradients = [
+            (gradients[name] - parameter.grad).abs().max().item() for name, parameter in whole.named_parameters()
+        ]
+        shapes = {
+            name: list(parameter.to_local().shape)
+            for name, parameter in model.named_parameters()
+            if isinstance(parameter, DTensor)
+        }
+        found[kind] = {"logits": logits, "gradients": max(gradients), "shapes": shapes}
+        if kind == "tp_size":
+            found["drawn"] = model.generate(do_sample=False).tolist()
+            found["drawn whole"] = whole.generate(do_sample=False).tolist()
+        model.save_pretrained(f"{report}-{kind}")
+    try:
+        narrow = ImageGPTForCausalImageModeling(ImageGPTConfig.from_preset("tiny", n_embd=33, n_head=3, n_layer=1))
+        narrow.save_pretrained(f"{report}-narrow", is_main_process=PartialState().is_main_process)
+        PartialState().wait_for_everyone()
+        ImageGPTForCausalImageModeling.from_pretrained(
+            f"{report}-narrow", distributed_config=DistributedConfig(tp_size=2)
+        )
+    except ValueError as error:
+        found["refusal"] = str(error)
+    if PartialState().is_main_process:
+        Path(report).write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
     allow_fsdp_on_cpus()
+    PartialState(cpu=True)  # starts the process group
     for job, keywords in json.loads(Path(sys.argv[1]).read_text()):
         globals()[job](**keywords)
     torch.distributed.destroy_process_group()

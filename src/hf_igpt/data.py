@@ -663,6 +663,14 @@ def readable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets
     return _without_bad(dataset, checked["bad"])
 
 
+def endless(dataset: datasets.IterableDataset, seed: int = 0, num_processes: int = 1) -> datasets.IterableDataset:
+    """A process's share of a stream, of `load_images`, again and again, each pass in another order.
+
+    Repeated, then shuffled: one endless epoch, through which a resumed run skips to where it was.
+    """
+    return dataset.repeat(None).shuffle(seed=seed, buffer_size=max(1, _SHUFFLE_BUFFER // num_processes))
+
+
 def stream_tokens(
     dataset: datasets.IterableDataset,
     processor,
@@ -670,12 +678,11 @@ def stream_tokens(
     masked: bool = False,
     seed: int = 0,
     process: int = 0,
-    num_processes: int = 1,
 ):
-    """A stream of images -> an endless stream of rows as `ImageTokens` gives, shuffled, augmented and masked.
+    """A stream of images -> a stream of rows as `ImageTokens` gives, augmented and masked.
 
-    dataset: the share of `process`, of `load_images`. What is drawn depends on the seed, the process, the worker and the
-    place in its stream alone, so that a resumed run, which reads again what was read, draws the same.
+    What is drawn depends on the seed, the process, the `DataLoader`'s worker and the place in its stream alone, so that a
+    resumed run, which reads again what was read, draws the same.
     """
     width = processor.token_grid()[1]
 
@@ -695,8 +702,6 @@ def stream_tokens(
         return {TOKENS: list(tokens)} | masks
 
     columns = list(dataset.features)
-    # Repeated, then shuffled, so that each pass has another order; one endless epoch, through which a resumed run skips.
-    dataset = dataset.repeat(None).shuffle(seed=seed, buffer_size=max(1, _SHUFFLE_BUFFER // num_processes))
     return dataset.map(to_tokens, batched=True, batch_size=_BATCH, with_indices=True, remove_columns=columns)
 
 

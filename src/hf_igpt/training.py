@@ -1143,8 +1143,9 @@ def _tokens(splits, processor, data_args, args, masked: bool, counting: bool = T
         held_out = _held_out_tokens(splits["validation"], processor, data_args, "Tokenising held-out images")
         held_out_rows = data.ImageTokens(held_out, processor, masked=masked, seed=args.seed)
         if data_args.streaming:
-            share = (args.seed, args.process_index, args.world_size)
-            return data.stream_tokens(splits["train"], processor, data_args, masked, *share), held_out_rows, {}
+            train = data.endless(splits["train"], args.seed, args.world_size)
+            train = data.stream_tokens(train, processor, data_args, masked, args.seed, args.process_index)
+            return train, held_out_rows, {}
         images = splits["train"]
         if data_args.random_crop and data_args.on_bad_image == "skip":
             images = data.readable(images, data_args.preprocessing_num_workers)
