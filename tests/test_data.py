@@ -341,7 +341,7 @@ def test_held_out_images_of_a_stream_stay_held_out(files):
 
 
 def test_passes_of_a_stream_have_different_orders(parquet, monkeypatch):
-    monkeypatch.setattr(data, "_SHUFFLE_BUFFER", 500)
+    monkeypatch.setattr(data, "_SHUFFLE_BUFFER", 20)
     arguments = DataArguments(train_dir=str(parquet), streaming=True, max_eval_samples=20)
     rows = [row["image"]["bytes"] for row in endless(load_images(arguments)["train"], seed=3).take(60)]
     assert len(set(rows)) == 10

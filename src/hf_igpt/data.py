@@ -666,7 +666,8 @@ def readable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets
 def endless(dataset: datasets.IterableDataset, seed: int = 0, num_processes: int = 1) -> datasets.IterableDataset:
     """A process's share of a stream, of `load_images`, again and again, each pass in another order.
 
-    Repeated, then shuffled: one endless epoch, through which a resumed run skips to where it was.
+    Repeated, then shuffled: one endless epoch, through which a resumed run skips to where it was. Passes shorter than the
+    buffer are mixed with one another.
     """
     return dataset.repeat(None).shuffle(seed=seed, buffer_size=max(1, _SHUFFLE_BUFFER // num_processes))
 
