@@ -124,6 +124,10 @@ def load_sharded(source, report):
 
 if __name__ == "__main__":
     allow_fsdp_on_cpus()
+    # Trainer, until 5.17 at least, resumes to the device "cpu:0", which torch does not know as a place to load to.
+    torch.serialization.register_package(
+        100, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+    )
     PartialState(cpu=True)  # starts the process group
     for job, keywords in json.loads(Path(sys.argv[1]).read_text()):
         globals()[job](**keywords)
