@@ -2,6 +2,8 @@
 
 import io
 import shutil
+from itertools import chain
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_igpt import ImageGPTImageProcessorPil
+from hf_igpt import ImageGPTImageProcessorPil, data
 from hf_igpt.clusters import nearest_color
 from hf_igpt.data import (
     DataArguments,
@@ -17,6 +19,7 @@ from hf_igpt.data import (
     collate_classified,
     collate_tokens,
     digits,
+    endless,
     load_images,
     load_labelled_images,
     random_crop,
@@ -291,6 +294,58 @@ def test_streaming(parquet, processor, palette):
     expected = {tuple(np.sort(processor(picture(i))["input_ids"][0])) for i in range(5, 30)}
     assert {tuple(sorted(row["input_ids"])) for row in rows} == expected
     assert sample_pixels(splits["train"], 100, 8).shape == (100, 3)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder of 4 parquet files of 6 digits each, and one of 5 for validation."""
+    shards = [digits().select(range(6 * i, 6 * i + 6)) for i in range(4)]
+    (tmp_path / "files").mkdir()
+    for name, rows in [
+        *((f"train-{i}", shard) for i, shard in enumerate(shards)),
+        ("validation-0", digits().select(range(24, 29))),
+    ]:
+        rows.cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "files" / f"{name}.parquet")
+    return str(tmp_path / "files")
+
+
+def seen(stream, num_workers=0):
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=num_workers)
+    return [row["image"]["bytes"] for row in loader]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_train_samples": 21}, {"num_processes": 3}])
+def test_processes_share_a_stream(files, options):
+    """By whole files, of a stream that is cut by images, and where there are files that do not divide evenly."""
+    n, limit = options.get("num_processes", 2), options.get("max_train_samples", 24)
+    arguments = DataArguments(train_dir=files, streaming=True, max_train_samples=options.get("max_train_samples"))
+    everything = [cell["bytes"] for cell in digits().select(range(limit))["image"]]
+    shares = [load_images(arguments, process=i, num_processes=n)["train"] for i in range(n)]
+    assert [share.num_shards for share in shares] == [2 if not options else 4] * n
+    found = [seen(share) for share in shares]
+    assert [len(rows) for rows in found] == [limit // n + (i < limit % n) for i in range(n)]
+    assert sorted(chain(*found)) == sorted(everything)
+    if limit == 24:  # the workers of a process share out its share
+        assert sorted(chain(*(seen(share, num_workers=2) for share in shares))) == sorted(everything)
+
+
+def test_held_out_images_of_a_stream_stay_held_out(files):
+    (Path(files) / "validation-0.parquet").unlink()
+    arguments = DataArguments(train_dir=files, streaming=True, max_eval_samples=5)
+    rest = [cell["bytes"] for cell in digits().select(range(5, 24))["image"]]
+    for workers in (0, 1):
+        shares = [load_images(arguments, process=i, num_processes=2, num_workers=workers)["train"] for i in range(2)]
+        assert sorted(chain(*(seen(share, workers) for share in shares))) == sorted(rest)
+    with pytest.raises(ValueError, match="read by one worker"):
+        load_images(arguments, num_workers=2)
+
+
+def test_passes_of_a_stream_have_different_orders(parquet, monkeypatch):
+    monkeypatch.setattr(data, "_SHUFFLE_BUFFER", 20)
+    arguments = DataArguments(train_dir=str(parquet), streaming=True, max_eval_samples=20)
+    rows = [row["image"]["bytes"] for row in endless(load_images(arguments)["train"], seed=3).take(60)]
+    assert len(set(rows)) == 10
+    assert len({tuple(rows[i : i + 10]) for i in range(0, 60, 10)}) == 6
 
 
 def test_masks_hide_15_percent_anew_each_epoch(folder, parquet, processor):

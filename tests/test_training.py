@@ -163,22 +163,6 @@ def test_two_processes_fit_one_palette(tmp_path):
     assert len(AutoImageProcessor.from_pretrained(tmp_path).clusters) == 4
 
 
-def test_two_processes_are_one(tmp_path, greys):
-    flags = "--use_cpu --max_steps 6 --num_samples 0 --logging_steps 1 --seed 1 --eval_strategy no --save_steps 6 "
-    flags += f"--image_processor_name {greys} --config_overrides {SMALL} --max_eval_samples 51 --random_flip "
-    for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += [str(SCRIPTS / "run_pretrain.py"), "--output_dir", str(tmp_path / str(processes)), *flags.split()]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert f"Process 0 of {processes}" in done.stdout + done.stderr
-    assert_same_run(tmp_path / "1", tmp_path / "2")
-    one, two = (read_records(tmp_path / str(n) / "records.json") for n in (1, 2))
-    for a, b in zip(one, two, strict=True):  # 51 held-out images do not divide by two processes
-        assert a.n == b.n == 51 and a.value == pytest.approx(b.value, rel=1e-5)
-
-
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, greys):
     options = {
         "save_strategy": "steps",
@@ -227,22 +211,6 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(tmp_path, greys):
             shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / name / "checkpoint-4")
         run(tmp_path / name, greys, **options)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed", weight_tolerance=0)
-
-
-def test_passes_of_a_stream_have_different_orders(tmp_path, greys, monkeypatch):
-    (tmp_path / "digits").mkdir()
-    digits = data.digits().select(range(60))
-    digits.cast_column("image", digits.features["image"].__class__()).to_parquet(tmp_path / "digits" / "train.parquet")
-    streams = []
-    monkeypatch.setattr(data, "stream_tokens", lambda stream, *a: streams.append(stream))
-    splits = data.load_images(DataArguments(train_dir=str(tmp_path / "digits"), streaming=True, max_eval_samples=50))
-    arguments = PretrainingArguments(use_cpu=True)
-    processor = training.make_processor(np.load(greys), 8)
-    options = DataArguments(train_dir=str(tmp_path / "digits"), streaming=True)
-    training._tokens(splits, processor, options, arguments, masked=False)
-    rows = [row["image"]["bytes"] for row in streams[0].take(40)]
-    assert len(set(rows)) == 10
-    assert len({tuple(rows[i : i + 10]) for i in range(0, 40, 10)}) > 1
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path, greys):

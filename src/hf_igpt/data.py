@@ -42,7 +42,7 @@ TOKENS = "input_ids"
 MASK = "bool_masked_pos"
 _VALIDATION = ("validation", "valid", "val")  # names of such splits
 _CACHE_VERSION = 1  # raise it when the same image and processor give other tokens
-_SHUFFLE_BUFFER = 10_000  # images, when streaming
+_SHUFFLE_BUFFER = 10_000  # images, when streaming, of all processes together
 _BATCH = 32  # photos decoded and held at once
 _STREAM_HELD_OUT = 1000  # images kept for evaluation from a stream without a validation split
 _STREAM_PALETTE = 10_000  # images of a stream that a palette is fitted on
@@ -160,17 +160,23 @@ def digits() -> datasets.Dataset:
     return datasets.Dataset.from_dict({IMAGE: cells, LABEL: scans.target.tolist()}, features=features)
 
 
-def load_images(args: DataArguments, seed: int = 0) -> dict:
+def load_images(
+    args: DataArguments, seed: int = 0, process: int = 0, num_processes: int = 1, num_workers: int = 0
+) -> dict:
     """`{"train": …, "validation": …}`, datasets with undecoded `image` cells and, where there are labels, `label`.
 
-    A `Dataset` each, or for --streaming an `IterableDataset` and a `Dataset`. Without a validation split, a seeded
-    part of train is held out; of a stream, its first images. Nothing found, an unknown column and a source that cannot
-    be loaded are ValueErrors.
+    A `Dataset` each, or for --streaming an `IterableDataset`, in its order, and a `Dataset`. Without a validation split, a
+    seeded part of train is held out; of a stream, its first images. Nothing found, an unknown column and a source that
+    cannot be loaded are ValueErrors.
+
+    Of a stream, "train" is the share of `process` of `num_processes`: whole files where they divide evenly, else every
+    so manieth image. Shares are disjoint and together the stream. num_workers: those of the `DataLoader` it is for; more
+    than one, of a stream whose beginning is cut off, is a ValueError: each would cut off its own beginning.
     """
     raw = _load_raw(args)
     splits = {name: _standard_columns(raw[name], args) for name in ("train", "validation") if name in raw}
     if args.streaming:
-        return _streaming_splits(splits, args, seed)
+        return _streaming_splits(splits, args, process, num_processes, num_workers)
     if "validation" not in splits:
         splits["train"], splits["validation"] = _hold_out(splits["train"], args, seed)
     return _limited(splits, args, seed)
@@ -365,8 +371,14 @@ def _standard_columns(dataset, args: DataArguments):
     return dataset
 
 
-def _streaming_splits(splits: dict, args: DataArguments, seed: int) -> dict:
+def _streaming_splits(splits: dict, args: DataArguments, process: int, num_processes: int, num_workers: int) -> dict:
     train, validation = splits["train"], splits.get("validation")
+    is_cut = validation is None or args.max_train_samples is not None
+    if is_cut and num_workers > 1:
+        raise ValueError(
+            f"--dataloader_num_workers {num_workers}: a stream whose first images are held out, or that --max_train_samples "
+            "limits, is read by one worker. Name --validation_dir or a dataset with a validation split, or lower it to 1."
+        )
     if validation is None:
         n_held_out = args.max_eval_samples or _STREAM_HELD_OUT
         validation, train = train.take(n_held_out), train.skip(n_held_out)
@@ -374,11 +386,14 @@ def _streaming_splits(splits: dict, args: DataArguments, seed: int) -> dict:
         validation = validation.take(args.max_eval_samples)
     if args.max_train_samples is not None:
         train = train.take(args.max_train_samples)
+    if not is_cut and train.num_shards % num_processes == 0:
+        train = train.shard(num_processes, process)
+    elif num_processes > 1:  # all read, none decoded but its own
+        train = train.filter(lambda row, index: index % num_processes == process, with_indices=True)
     rows = list(tqdm(validation, desc="Reading held-out images", unit="image", disable=None))
     if not rows or next(iter(train), None) is None:
         raise ValueError(f"The stream is too short: {len(rows)} images are held out, and none are left for training.")
-    validation = datasets.Dataset.from_list(rows, features=validation.features)
-    return {"train": train.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER), "validation": validation}
+    return {"train": train, "validation": datasets.Dataset.from_list(rows, features=validation.features)}
 
 
 def read_image(cell) -> Image.Image:
@@ -449,7 +464,8 @@ def sample_pixels(
     Images are first brought to `image_size`, as they will be for their tokens. Fewer pixels than asked: all of them.
     """
     if isinstance(dataset, datasets.IterableDataset):
-        dataset = datasets.Dataset.from_list(list(dataset.take(_STREAM_PALETTE)), features=dataset.features)
+        rows = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER).take(_STREAM_PALETTE)
+        dataset = datasets.Dataset.from_list(list(rows), features=dataset.features)
     resize = ImageGPTImageProcessorPil(size=image_size, do_center_crop=center_crop)
     rng = np.random.default_rng(seed)
     per_image = min(image_size * image_size, -(-n_pixels // len(dataset)))
@@ -647,12 +663,33 @@ def readable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets
     return _without_bad(dataset, checked["bad"])
 
 
-def stream_tokens(dataset: datasets.IterableDataset, processor, args: DataArguments, masked: bool = False):
-    """A stream of images -> a stream of rows as `ImageTokens` gives, augmented and masked with torch's random numbers."""
+def endless(dataset: datasets.IterableDataset, seed: int = 0, num_processes: int = 1) -> datasets.IterableDataset:
+    """A process's share of a stream, of `load_images`, again and again, each pass in another order.
+
+    Repeated, then shuffled: one endless epoch, through which a resumed run skips to where it was. Passes shorter than the
+    buffer are mixed with one another.
+    """
+    return dataset.repeat(None).shuffle(seed=seed, buffer_size=max(1, _SHUFFLE_BUFFER // num_processes))
+
+
+def stream_tokens(
+    dataset: datasets.IterableDataset,
+    processor,
+    args: DataArguments,
+    masked: bool = False,
+    seed: int = 0,
+    process: int = 0,
+):
+    """A stream of images -> a stream of rows as `ImageTokens` gives, augmented and masked.
+
+    What is drawn depends on the seed, the process, the `DataLoader`'s worker and the place in its stream alone, so that a
+    resumed run, which reads again what was read, draws the same.
+    """
     width = processor.token_grid()[1]
 
     def to_tokens(batch, indices):
-        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        worker = torch.utils.data.get_worker_info()
+        rng = np.random.default_rng((seed, process, worker.id if worker else 0, indices[0]))
         crop = {"then": lambda image, index: random_crop(image, rng)} if args.random_crop else {}
         images, reasons = _read_batch(batch[IMAGE], indices, args.on_bad_image, **crop)
         for reason in filter(None, reasons):

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel, RowwiseParallel
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -46,17 +49,63 @@ def initialized(layer: nn.Module, std: float) -> nn.Module:
     return layer
 
 
-def projection(config: ImageGPTConfig, n_out: int, n_in: int, std: float) -> Conv1D:
-    """x -> x W + b with W stored [in, out]. Without trained biases b is a saved buffer of zeros.
+class ImageGPTProjection(Conv1D):
+    """x -> x W + b with W stored [in, out]: (..., in) -> (..., out). Without trained biases b is a saved buffer of zeros.
 
     The buffer keeps files the same either way: transformers' class, which has biases, reads them as zeros, where a
-    missing key would leave it uninitialised memory.
+    missing key would leave it uninitialised memory. It takes no part in the computation, where sharded or bfloat16 weights
+    would ask for another shape or type of it.
     """
-    layer = initialized(Conv1D(n_out, n_in), std)
-    if not config.use_bias:
-        del layer.bias
-        layer.register_buffer("bias", torch.zeros(n_out))
-    return layer
+
+    def __init__(self, config: ImageGPTConfig, n_out: int, n_in: int, std: float):
+        super().__init__(n_out, n_in)
+        self.in_features = n_in
+        initialized(self, std)
+        if not config.use_bias:
+            del self.bias
+            self.register_buffer("bias", torch.zeros(n_out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, bias = x.reshape(-1, x.shape[-1]), self._parameters.get("bias")
+        rows = rows @ self.weight if bias is None else torch.addmm(bias, rows, self.weight)
+        return rows.view(*x.shape[:-1], -1)
+
+
+class ColumnsParallel(PackedColwiseParallel):
+    """Tensor parallelism of projections by columns of W [in, out], where the library's styles read [out, in].
+
+    split_factor: how many parts stand side by side in the columns, of each of which a process takes its share.
+    """
+
+    def shard_param(self, module, param, mesh):
+        weight = module._parameters[param]
+        if weight.shape[-1] // self.split_factor % (mesh.size() * getattr(module, "head_dim", 1)):
+            raise ValueError(
+                f"{mesh.size()} processes cannot share {weight.shape[-1]} columns of {self.split_factor} parts evenly"
+                f"{', by whole heads' if hasattr(module, 'head_dim') else ''}: lower tp_size."
+            )
+        placement = _StridedShard(-1, split_factor=self.split_factor) if self.split_factor > 1 else Shard(-1)
+        sharded = distribute_tensor(weight, mesh, [placement], src_data_rank=None)
+        module._parameters[param] = nn.Parameter(sharded, requires_grad=weight.requires_grad)
+
+
+class RowsParallel(RowwiseParallel):
+    """Tensor parallelism of projections by rows of W [in, out]; the bias is added once, to the sum over processes."""
+
+    def should_use_local_tensors(self, module):
+        return True
+
+    def shard_param(self, module, param, mesh):
+        weight = module._parameters[param]
+        placement = Replicate() if param == "bias" else Shard(0)
+        sharded = distribute_tensor(weight, mesh, [placement], src_data_rank=None)
+        module._parameters[param] = nn.Parameter(sharded, requires_grad=weight.requires_grad)
+
+
+# Named by the plan in the configuration.
+ALL_PARALLEL_STYLES.register("imagegpt_columns", ColumnsParallel(split_factor=1))
+ALL_PARALLEL_STYLES.register("imagegpt_qkv_columns", ColumnsParallel(split_factor=3))
+ALL_PARALLEL_STYLES.register("imagegpt_rows", RowsParallel())
 
 
 def _std(config: ImageGPTConfig, openai: float, residual: bool = False) -> float:
@@ -105,8 +154,9 @@ class ImageGPTAttention(nn.Module):
             self.scaling /= layer_idx + 1
         self.is_causal = True
         d = config.n_embd
-        self.c_attn = projection(config, 3 * d, d, _std(config, d**-0.5))
-        self.c_proj = projection(config, d, d, _std(config, (d * config.n_layer) ** -0.5, residual=True))
+        self.c_attn = ImageGPTProjection(config, 3 * d, d, _std(config, d**-0.5))
+        self.c_attn.head_dim = self.head_dim  # what tensor parallelism must not divide
+        self.c_proj = ImageGPTProjection(config, d, d, _std(config, (d * config.n_layer) ** -0.5, residual=True))
         self.attn_dropout = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
@@ -126,7 +176,7 @@ class ImageGPTAttention(nn.Module):
             dropout=self.attn_dropout if self.training else 0.0,
             **kwargs,
         )
-        output = self.c_proj(output.reshape(x.shape))
+        output = self.c_proj(output.reshape(*x.shape[:-1], -1))
         return self.resid_dropout(output), weights
 
 
@@ -134,8 +184,8 @@ class ImageGPTMLP(nn.Module):
     def __init__(self, config: ImageGPTConfig):
         super().__init__()
         n_inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-        self.c_fc = projection(config, n_inner, config.n_embd, _std(config, INIT_MLP_STD))
-        self.c_proj = projection(config, config.n_embd, n_inner, _std(config, INIT_MLP_STD, residual=True))
+        self.c_fc = ImageGPTProjection(config, n_inner, config.n_embd, _std(config, INIT_MLP_STD))
+        self.c_proj = ImageGPTProjection(config, config.n_embd, n_inner, _std(config, INIT_MLP_STD, residual=True))
         self.act = ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -384,6 +434,8 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
 
     # A converted checkpoint holds both heads.
     _keys_to_ignore_on_load_unexpected = [*ImageGPTPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^score\."]
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ImageGPTConfig):
         super().__init__(config)
@@ -539,6 +591,8 @@ class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
 
     # A converted checkpoint holds both heads.
     _keys_to_ignore_on_load_unexpected = [*ImageGPTPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^score\."]
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ImageGPTConfig):
         super().__init__(config)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import (
@@ -30,8 +31,10 @@ from transformers import (
     set_seed,
 )
 from transformers.image_utils import SizeDict
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import HubStrategy, SchedulerType, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SchedulerType, has_length
 from transformers.utils.hub import PushInProgress
 
 from . import clusters, data, evaluation, generation, hub, plots
@@ -65,7 +68,6 @@ _BEGUN = {evaluation.RUN, "palette.png", "preprocessor_config.json", "samples", 
 _ENDED = {"config.json", "generation_config.json", "model.safetensors", "training_args.bin", "training.png"}
 _ENDED |= {"trainer_state.json", "confusion.png"}
 _MODELS = {"causal": ImageGPTForCausalImageModeling, "masked": ImageGPTForMaskedImageModeling}
-_REPEAT_BUFFER = 1000  # images of a stream that are mixed anew, so that its passes have different orders
 _PALETTE_PIXELS = 1_000_000  # sampled from all images, for a palette
 _WARMUP_SHARE = 0.1  # of training, at most, unless an argument says otherwise
 _CHANGES_NOTHING = (
@@ -449,6 +451,44 @@ class ImageGPTTrainer(Trainer):
                 self._parts[name] = self._parts.get(name, 0) + outputs[name].detach().mean() * scale
         return (loss, outputs) if return_outputs else loss
 
+    def get_train_dataloader(self):
+        """As `Trainer`'s; a stream is each process's own share already, which Accelerate would share out once more."""
+        if has_length(self.train_dataset):
+            return super().get_train_dataloader()
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        alone = {"num_processes": 1, "process_index": 0, "dispatch_batches": False}
+        return prepare_data_loader(loader, self.accelerator.device, put_on_device=True, **alone)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As `Trainer`'s. Of sharded weights, which it would leave out: in checkpoints, whose shards are written beside the
+        optimiser's, all but the weights; elsewhere the whole model, as `from_pretrained` reads it."""
+        if not self.saves_shards:
+            return super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
+        elif self.args.should_save:
+            self.model.config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds all weights, so that only all processes together can run the model."""
+        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether a checkpoint's weights are one file of each process (FSDP's SHARDED_STATE_DICT)."""
+        return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(loss, values of each image (B,), labels (B,)): nats per pixel, or for classifiers the class they say.
 
@@ -624,7 +664,8 @@ def pretrain(
     checkpoint = _begin(args)
     folder = Path(args.output_dir)
     with args.main_process_first(desc="images"):
-        splits = data.load_images(data_args, seed=args.seed)
+        share = (args.process_index, args.world_size, args.dataloader_num_workers)
+        splits = data.load_images(data_args, args.seed, *share)
     _check_enough(args, data_args, splits["train"])
     processor = _processor(model_args, data_args, args, checkpoint, splits["train"])
     model = _model(model_args, args, processor)
@@ -813,6 +854,14 @@ def _trainer(args, model, train, held_out, processor, clock, callbacks) -> Image
         callbacks=callbacks + ([clock] if clock else []),
     )
     trainer.clock = clock
+    if trainer.is_sharded and args.num_samples:
+        args.num_samples = 0
+        _say(
+            args, "No samples are drawn during training: the weights are shared out among processes (--num_samples 0)."
+        )
+    if trainer.saves_shards and args.push_to_hub and args.hub_strategy != HubStrategy.END:
+        args.hub_strategy = HubStrategy.END
+        _say(args, "Only the finished model is pushed: sharded checkpoints hold no whole one (--hub_strategy end).")
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_ImageProgress(trainer.images_seen))
@@ -856,7 +905,7 @@ def _recipe(model_args, data_args, args, model, train) -> dict:
     limit = None if args.max_minutes is None else f", {args.max_minutes:g} minutes at most"
     epochs = "" if args.max_steps > 0 else f" ({args.num_train_epochs:g} epochs)"
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * _steps_per_epoch(args, train))
-    precision = next((name for name, on in (("bfloat16", args.bf16), ("float16", args.fp16)) if on), None)
+    precision = {"bf16": "bfloat16", "fp16": "float16"}.get(args.mixed_precision)  # by a flag or the launcher
     classification = {}
     if isinstance(args, FinetuningArguments):
         classification = {
@@ -1094,9 +1143,9 @@ def _tokens(splits, processor, data_args, args, masked: bool, counting: bool = T
         held_out = _held_out_tokens(splits["validation"], processor, data_args, "Tokenising held-out images")
         held_out_rows = data.ImageTokens(held_out, processor, masked=masked, seed=args.seed)
         if data_args.streaming:
-            # One endless epoch, so that a resumed run skips what the interrupted one has read.
-            train = splits["train"].repeat(None).shuffle(seed=args.seed, buffer_size=_REPEAT_BUFFER)
-            return data.stream_tokens(train, processor, data_args, masked), held_out_rows, {}
+            train = data.endless(splits["train"], args.seed, args.world_size)
+            train = data.stream_tokens(train, processor, data_args, masked, args.seed, args.process_index)
+            return train, held_out_rows, {}
         images = splits["train"]
         if data_args.random_crop and data_args.on_bad_image == "skip":
             images = data.readable(images, data_args.preprocessing_num_workers)
