@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,8 +16,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    CompileConfig,
+    DynamicCache,
     GenerationConfig,
+    GenerationMixin,
 )
+from transformers.cache_utils import DynamicLayer
 
 from hf_igpt import (
     ImageGPTConfig,
@@ -24,6 +29,7 @@ from hf_igpt import (
     ImageGPTForImageClassification,
     ImageGPTForMaskedImageModeling,
     ImageGPTModel,
+    modeling_imagegpt,
 )
 from hf_igpt.modeling_imagegpt import random_mask
 
@@ -471,11 +477,86 @@ def test_greedy_tokens_are_the_same_over_all_caches(model, tokens):
     assert torch.equal(model.generate(prompt, **options), expected)
     assert torch.equal(model.generate(prompt, cache_implementation="static", **options), expected)
     assert torch.equal(model.generate(prompt[:1], cache_implementation="static", **options), expected[:1])
+    torch._dynamo.reset()  # of what other tests compiled
+    compiled = CompileConfig(fullgraph=True, mode=None, backend="eager")
+    compiled._compile_all_devices = True
+    with mock.patch("torch._dynamo.config.error_on_recompile", True):  # one graph serves every token
+        static = model.generate(prompt, cache_implementation="static", compile_config=compiled, **options)
+    assert torch.equal(static, expected)
     by_hand = prompt.clone()
     with torch.no_grad():
         while by_hand.shape[1] < 65:
             by_hand = torch.cat([by_hand, model(by_hand).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(by_hand, expected)
+
+
+def test_whole_images_on_a_gpu_have_a_static_cache(model, monkeypatch):
+    """The choice of a cache, on a CPU that passes for a GPU: the same tokens of the same seed, and whom it leaves alone."""
+    made = []
+    prepare = GenerationMixin._prepare_static_cache
+
+    def prepared(self, *args, **kwargs):
+        made.append(prepare(self, *args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(GenerationMixin, "_prepare_static_cache", prepared)
+
+    def drawn(**options):
+        torch.manual_seed(1)
+        return model.generate(torch.full((2, 1), SOS), **options)
+
+    dynamic = drawn()
+    assert not made
+    monkeypatch.setattr(modeling_imagegpt, "_compiles_decoding", lambda device: True)
+    assert torch.equal(drawn(), dynamic) and len(made) == 1 and made[0].is_compileable
+    assert torch.equal(drawn(generation_config=GenerationConfig(**model.generation_config.to_diff_dict())), dynamic)
+    assert len(made) == 2
+    for options in (
+        {"max_length": 20},
+        {"num_beams": 2},
+        {"use_cache": False},
+        {"cache_implementation": "dynamic"},
+        {"prompt_lookup_num_tokens": 3, "num_return_sequences": 1},
+        {"past_key_values": DynamicCache(config=model.config)},
+    ):
+        if "prompt_lookup_num_tokens" in options:
+            model.generate(torch.full((1, 1), SOS), do_sample=False, **options)
+        else:
+            drawn(**options)
+        assert len(made) == 2, options
+
+
+def test_room_for_keys_and_values_is_a_dynamic_cache():
+    """Against transformers' layer, over everything that generation does to one."""
+    roomy, plain = modeling_imagegpt.RoomyLayer(6), DynamicLayer()
+
+    def update(count, batch=2):
+        new = torch.randn(2, batch, 3, count, 4)
+        found, expected = roomy.update(*new), plain.update(*new)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert roomy.get_seq_length() == plain.get_seq_length() and roomy.get_mask_sizes(1) == plain.get_mask_sizes(1)
+
+    update(3)
+    room = roomy.keys.data_ptr()
+    update(1)
+    assert roomy.keys.data_ptr() == room  # nothing was copied
+    for layer in (roomy, plain):
+        layer.crop(-2)
+    update(1)
+    assert roomy.keys.data_ptr() == room
+    for layer in (roomy, plain):
+        layer.reorder_cache(torch.tensor([1, 1]))
+    update(2)
+    update(5)  # beyond the room
+    for layer in (roomy, plain):
+        layer.batch_repeat_interleave(2)
+    update(1, batch=4)
+    for layer in (roomy, plain):
+        layer.batch_select_indices(torch.tensor([0, 3]))
+    update(1)
+    for layer in (roomy, plain):
+        layer.reset()
+    update(2, batch=1)
 
 
 def test_sampling_is_from_the_whole_distribution(model):

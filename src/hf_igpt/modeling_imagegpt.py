@@ -66,9 +66,7 @@ class ImageGPTProjection(Conv1D):
             self.register_buffer("bias", torch.zeros(n_out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows, bias = x.reshape(-1, x.shape[-1]), self._parameters.get("bias")
-        rows = rows @ self.weight if bias is None else torch.addmm(bias, rows, self.weight)
-        return rows.view(*x.shape[:-1], -1)
+        return nn.functional.linear(x, self.weight.t(), self._parameters.get("bias"))
 
 
 class ColumnsParallel(PackedColwiseParallel):
@@ -130,7 +128,16 @@ class ImageGPTLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        if (
+            x.dtype == self.weight.dtype == torch.float32
+        ):  # nothing to convert, which takes time where one token is drawn
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return nn.functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def _dropout(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """`x` after `module.resid_pdrop` of its values are dropped, in training."""
+    return nn.functional.dropout(x, module.resid_pdrop) if module.training and module.resid_pdrop else x
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -158,7 +165,7 @@ class ImageGPTAttention(nn.Module):
         self.c_attn.head_dim = self.head_dim  # what tensor parallelism must not divide
         self.c_proj = ImageGPTProjection(config, d, d, _std(config, (d * config.n_layer) ** -0.5, residual=True))
         self.attn_dropout = config.attn_pdrop
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.resid_pdrop = config.resid_pdrop
 
     def forward(self, x, past_key_values: Cache | None = None, attention_mask=None, **kwargs):
         split = (*x.shape[:-1], 3, -1, self.head_dim)
@@ -177,7 +184,7 @@ class ImageGPTAttention(nn.Module):
             **kwargs,
         )
         output = self.c_proj(output.reshape(*x.shape[:-1], -1))
-        return self.resid_dropout(output), weights
+        return _dropout(output, self), weights
 
 
 class ImageGPTMLP(nn.Module):
@@ -187,10 +194,10 @@ class ImageGPTMLP(nn.Module):
         self.c_fc = ImageGPTProjection(config, n_inner, config.n_embd, _std(config, INIT_MLP_STD))
         self.c_proj = ImageGPTProjection(config, config.n_embd, n_inner, _std(config, INIT_MLP_STD, residual=True))
         self.act = ACT2FN[config.activation_function]
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.resid_pdrop = config.resid_pdrop
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+        return _dropout(self.c_proj(self.act(self.c_fc(x))), self)
 
 
 class ImageGPTBlock(GradientCheckpointingLayer):
@@ -390,6 +397,11 @@ def random_mask(shape, generator: torch.Generator | None = None, probability: fl
     return torch.rand(shape, generator=generator) < probability
 
 
+def _compiles_decoding(device: torch.device) -> bool:
+    """Whether transformers compiles the step of `generate` with a static cache on `device`, to CUDA graphs."""
+    return device.type == "cuda"
+
+
 class RoomyLayer(DynamicLayer):
     """A `DynamicLayer` with room for `length` positions: new keys and values are written behind the old ones.
 
@@ -400,27 +412,26 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, length: int):
         super().__init__()
         self.length = length
-        self._room = self._filled = None  # (keys, values) with room, and the views of them that were returned last
+        self._room = None  # keys and values (B, heads, length, D/heads)
 
     def update(self, key_states, value_states, *args, **kwargs):
         seen = self.get_seq_length()
         total = seen + key_states.shape[-2]
-        current = (self.keys, self.values)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        replaced = self._filled is None or any(a is not b for a, b in zip(current, self._filled, strict=True))
-        if replaced or total > self._room[0].shape[-2]:  # the first time; after beams were reordered; beyond the room
+        if self._room is None or self.keys.data_ptr() != self._room[0].data_ptr() or total > self._room[0].shape[-2]:
+            # The first time; after beams were reordered, which are copies; beyond the room.
             length = max(total, self.length)
-            room = tuple(
-                states.new_empty((*states.shape[:2], length, states.shape[3])) for states in (key_states, value_states)
+            self._room = tuple(
+                new.new_empty((*new.shape[:2], length, new.shape[3])) for new in (key_states, value_states)
             )
             if seen:
-                for states, old in zip(room, current, strict=True):
-                    states[:, :, :seen] = old
-            self._room = room
-        for states, new in zip(self._room, (key_states, value_states), strict=True):
-            states[:, :, seen:total] = new
-        self.keys, self.values = self._filled = tuple(states[:, :, :total] for states in self._room)
+                self._room[0][:, :, :seen] = self.keys
+                self._room[1][:, :, :seen] = self.values
+        keys, values = self._room
+        keys[:, :, seen:total] = key_states
+        values[:, :, seen:total] = value_states
+        self.keys, self.values = keys[:, :, :total], values[:, :, :total]
         return self.keys, self.values
 
 
@@ -528,7 +539,9 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         """Tokens (B, 1 + N), SOS first: whole images by default, or continuations of `inputs` (B, T), SOS first.
 
         As `GenerationMixin.generate`, and: SOS and the full length are supplied where neither the arguments nor the
-        checkpoint give them; a length over SOS + N is a ValueError before the first step. SOS is never sampled.
+        checkpoint give them; a length over SOS + N is a ValueError before the first step. SOS is never sampled. Whole images
+        on a GPU have a static cache, and so a compiled step (CUDA graphs), unless a `cache_implementation` is given or
+        `disable_compile=True`: the first call of a batch size takes longer.
         """
         if generation_config is not None:
             generation_config = copy.deepcopy(generation_config)
@@ -562,6 +575,16 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
                 f"{length} tokens were asked for; SOS and the {whole - 1} pixels of an image make {whole}. "
                 "Lower max_length or max_new_tokens, or leave them out for whole images."
             )
+        if (
+            _compiles_decoding(self.device)
+            and length == whole  # one shape of cache, so what was compiled serves every call of the same batch size
+            and given("use_cache") is not False
+            and (given("num_beams") or 1) == 1
+            and all(given(name) is None for name in ("cache_implementation", "prompt_lookup_num_tokens"))
+            and all(kwargs.get(name) is None for name in ("past_key_values", "assistant_model"))
+            and self.config._attn_implementation != "flex_attention"
+        ):
+            supply("cache_implementation", "static")
         if prompt is not None and prompt.ndim == 2 and not self._starts_with_sos(prompt):
             logger.warning_once(
                 f"The prompt does not start with SOS ({self.config.sos_token_id}): every pixel stands one position "
