@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 import transformers
@@ -133,8 +134,15 @@ class Stage:
         return Record(metric, value, unit, "made here", self.n, 0, model, self.data, settings=settings)
 
 
-def table(records: list[Record]) -> str:
-    """Records as a Markdown table: for each stage, and each of ours in it, times and ratios."""
+def table(records: list[Record], summary: bool = False) -> str:
+    """Records as a Markdown table: for each stage, and each of ours in it, times and ratios.
+
+    summary: only stages that transformers has too; of images that become tokens, those given many at once.
+    """
+    if summary:
+        both = {record.settings["stage"] for record in records if record.model == THEIRS}
+        both = {stage for stage in both if "tokens of" not in stage or not stage.endswith(", 1 at once")}
+        records = [record for record in records if record.settings["stage"] in both]
     lines = ["| stage | hf_igpt | transformers | times faster | limit / hf_igpt | memory / theirs |", "|---" * 6 + "|"]
     for stage in dict.fromkeys(record.settings["stage"] for record in records):
         own = [record for record in records if record.settings["stage"] == stage]
@@ -497,7 +505,7 @@ def tokenize(args: BenchmarkArguments) -> list[Record]:
         records = _processors(args, images, palette) + _tables(args, palette)
     finally:
         torch.set_num_threads(threads)
-    return records + _palette_fit(args, pixels) + _folder(args, palette)
+    return records + _batches(args, palette) + _palette_fit(args, pixels) + _folder(args, palette)
 
 
 def _processors(args, images, palette):
@@ -559,6 +567,34 @@ def _tables(args, palette):
         stage = Stage(f"table of nearest colours, 512 colours {name}", 0, "2^24 colours", {"colors": N_COLORS})
         records += stage.records(take_turns({OURS: build}, args.repeats))
     return records
+
+
+def _batches(args, palette):
+    """Batches of training from the token cache, in random order, against reading them from a memory map."""
+    rng = np.random.default_rng(0)
+    batch_size, n_tokens = 128, args.image_size**2
+    tokens = rng.integers(0, len(palette), (16 * batch_size, n_tokens), dtype=np.uint16)
+    column = datasets.List(datasets.Value("uint16"), length=n_tokens)
+    processor = ImageGPTImageProcessorPil(clusters=palette, size=args.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        table_ = datasets.Features({data.TOKENS: column})
+        datasets.Dataset.from_dict({data.TOKENS: tokens}, features=table_).save_to_disk(folder)
+        np.save(f"{folder}/tokens.npy", tokens)
+        dataset, mapped = datasets.load_from_disk(folder), np.load(f"{folder}/tokens.npy", mmap_mode="r")
+
+        def read(rows, indices):
+            return data.collate_tokens(rows.__getitems__(indices))
+
+        records = []
+        for what, options in (("", {}), (" and mirrored", {"random_flip": True})):
+            rows = data.ImageTokens(dataset, processor, **options)
+            contenders = {
+                OURS: lambda: read(rows, rng.permutation(len(tokens))[:batch_size].tolist()),  # noqa: B023
+                LIMIT: lambda: torch.from_numpy(mapped[rng.permutation(len(tokens))[:batch_size]]).long(),
+            }
+            stage = Stage(f"batches of 128 read{what}", batch_size, "random tokens", {"batch size": batch_size})
+            records += stage.records(take_turns(contenders, 4 * args.repeats))
+        return records
 
 
 def _palette_fit(args, pixels):

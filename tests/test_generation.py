@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 
 from hf_igpt import ImageGPTImageProcessorPil
-from hf_igpt.generation import complete, picture_of_completions, sample
+from hf_igpt.data import DataArguments
+from hf_igpt.generation import SampleArguments, complete, draw, picture_of_completions, sample
+from hf_igpt.modeling_imagegpt import RoomyLayer
 
 
 @pytest.fixture
@@ -95,3 +97,20 @@ def test_foreign_processor(model, palette):
             sample(model, processor, 1)
     with pytest.raises(ValueError, match="64 pixels and 16 colours"):
         complete(model, ImageGPTImageProcessorPil(clusters=palette[:16], size=4), images(1))
+
+
+def test_bf16_is_of_weights_and_cache(model, processor, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    types = set()
+    update = RoomyLayer.update
+
+    def recorded(self, key_states, value_states, *args, **kwargs):
+        types.add((key_states.dtype, update(self, key_states, value_states, *args, **kwargs)[0].dtype))
+        return self.keys, self.values
+
+    monkeypatch.setattr(RoomyLayer, "update", recorded)
+    for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        types.clear()
+        draw(SampleArguments(str(tmp_path), num_images=2, bf16=bf16, device="cpu"), DataArguments())
+        assert types == {(dtype, dtype)} and Image.open(tmp_path / "samples.png").width > 8
