@@ -105,6 +105,15 @@ def test_the_table_is_built_once_and_kept_small(palette):
     assert np.shares_memory(lookup_table(palette.copy()), table)
 
 
+def test_palettes_of_any_type_of_number(palette):
+    pixels = np.random.default_rng(5).integers(0, 256, (100, 3), dtype=np.uint8)
+    expected = nearest_color(pixels, palette)
+    for other in (palette.astype(">f8"), np.asfortranarray(palette), np.repeat(palette, 2, axis=0)[::2]):
+        assert np.array_equal(nearest_color(pixels, other), expected)
+    corners = np.array([[-1, -1, -1], [1, 1, 1]])
+    assert nearest_color(np.array([[0, 0, 0], [255, 255, 255]], np.uint8), corners).tolist() == [0, 1]
+
+
 def test_pixels_of_any_layout(palette):
     pixels = np.random.default_rng(4).integers(
         0, 256, (3, 70, 200, 3), dtype=np.uint8

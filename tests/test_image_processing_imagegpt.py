@@ -3,6 +3,8 @@
 Run for the backend that is installed; tests/test_torchvision_backend.py runs it again for torchvision's.
 """
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -308,3 +310,28 @@ def test_changed_options_count_and_are_checked(palette):
     with pytest.raises(ValueError, match="no palette"):
         processor(PHOTO)
     assert "_checked_options" not in processor.to_dict()
+
+
+def test_options_changed_in_place_count(palette):
+    processor = Processor(clusters=palette, size=4)
+    processor.size = {"height": 4, "width": 4}
+    assert processor(PHOTO)["input_ids"].shape == (1, 16)
+    processor.size["height"] = 2
+    assert processor(PHOTO)["input_ids"].shape == (1, 8)
+    processor.image_mean = [0.5, 0.5, 0.5]
+    before = processor(PHOTO)["input_ids"]
+    processor.image_mean[0] = 0.1
+    assert not np.array_equal(processor(PHOTO)["input_ids"], before)
+
+
+def test_use_leaves_no_trace(palette):
+    processor = Processor(clusters=palette, size=4)
+    before = pickle.dumps(processor)
+    processor(PHOTO)
+    assert pickle.dumps(processor) == before  # what caches of `datasets` are keyed by
+
+
+def test_mixed_kinds_and_shapes_of_as_many_pixels_are_one_array(palette):
+    assert Processor(clusters=palette, size=4)([PHOTO, np.asarray(PHOTO)])["input_ids"].shape == (2, 16)
+    upright = [PIXELS[:6, :10], PIXELS[:10, :6]]
+    assert Processor(clusters=palette, do_resize=False)(upright)["input_ids"].shape == (2, 60)

@@ -11,6 +11,7 @@ import transformers.models.imagegpt.configuration_imagegpt as theirs_config
 import transformers.models.imagegpt.modeling_imagegpt as theirs
 from conftest import randomized, small_config
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -490,6 +491,48 @@ def test_greedy_tokens_are_the_same_over_all_caches(model, tokens):
     assert torch.equal(by_hand, expected)
 
 
+def test_returned_caches_can_be_gone_on_with(model):
+    """Taken back, with gradients, and without changing what was read from them before."""
+    with torch.inference_mode():
+        cache = model.generate(torch.full((2, 1), SOS), max_new_tokens=9, return_dict_in_generate=True).past_key_values
+    before = cache.layers[0].keys
+    kept = before.clone()
+    cache.crop(-4)
+    new = torch.randint(16, (2, 3))
+    with torch.no_grad():
+        model(new, past_key_values=cache, use_cache=True)
+    assert torch.equal(before, kept) and type(cache.layers[0]) is DynamicLayer
+    cache = model.generate(torch.full((2, 1), SOS), max_new_tokens=4, return_dict_in_generate=True).past_key_values
+    first = model(new, past_key_values=cache, use_cache=True).logits
+    (first.sum() + model(new, past_key_values=cache, use_cache=True).logits.sum()).backward()
+
+
+def test_a_compiled_model_generates(model):
+    prompt = torch.full((2, 1), SOS)
+    expected = model.generate(prompt, do_sample=False, max_new_tokens=5)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    assert torch.equal(model.generate(prompt, do_sample=False, max_new_tokens=5), expected)
+
+
+def test_biases_count_wherever_they_are_kept():
+    """`DataParallel`'s replicas, pruned and reparametrised layers hold a bias that is no parameter."""
+    layer = modeling_imagegpt.ImageGPTProjection(small_config(use_bias=True), 4, 3, 0.1)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 3)
+    expected = layer(x)
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer.weight * 1, layer.bias * 1
+    assert torch.equal(replica(x), expected) and expected.abs().sum() > 0
+    assert torch.equal(prune.identity(layer, "bias")(x), expected)
+
+
+def test_biases_are_not_left_out_in_silence(tmp_path):
+    randomized(ImageGPTForCausalImageModeling(small_config(use_bias=True))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use_bias=True"):
+        ImageGPTForCausalImageModeling.from_pretrained(tmp_path, use_bias=False)
+
+
 def test_whole_images_on_a_gpu_have_a_static_cache(model, monkeypatch):
     """The choice of a cache, on a CPU that passes for a GPU: the same tokens of the same seed, and whom it leaves alone."""
     made = []
@@ -518,6 +561,8 @@ def test_whole_images_on_a_gpu_have_a_static_cache(model, monkeypatch):
         {"cache_implementation": "dynamic"},
         {"prompt_lookup_num_tokens": 3, "num_return_sequences": 1},
         {"past_key_values": DynamicCache(config=model.config)},
+        {"disable_compile": True},
+        {"return_dict_in_generate": True},
     ):
         if "prompt_lookup_num_tokens" in options:
             model.generate(torch.full((1, 1), SOS), do_sample=False, **options)
@@ -543,7 +588,9 @@ def test_room_for_keys_and_values_is_a_dynamic_cache():
     for layer in (roomy, plain):
         layer.crop(-2)
     update(1)
-    assert roomy.keys.data_ptr() == room
+    for layer in (roomy, plain):
+        layer.values = layer.values * 2
+    update(1)
     for layer in (roomy, plain):
         layer.reorder_cache(torch.tensor([1, 1]))
     update(2)

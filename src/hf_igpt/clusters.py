@@ -84,6 +84,7 @@ def lookup_table(clusters: np.ndarray) -> np.ndarray:
     float64 distances to all K colours, of equal ones the lowest index. Built once for each palette, in tenths of a second
     for 512 colours.
     """
+    clusters = np.asarray(clusters, dtype=np.float64)
     return _lookup_table(clusters.tobytes(), clusters.shape)
 
 

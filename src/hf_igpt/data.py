@@ -386,13 +386,17 @@ def _streaming_splits(splits: dict, args: DataArguments, process: int, num_proce
         validation = validation.take(args.max_eval_samples)
     if args.max_train_samples is not None:
         train = train.take(args.max_train_samples)
+    n_first = sum(1 for _ in train.take(num_processes))
+    rows = list(tqdm(validation, desc="Reading held-out images", unit="image", disable=None))
+    if not rows or n_first < num_processes:  # said by all processes alike
+        raise ValueError(
+            f"The stream is too short: {len(rows)} images are held out, and {n_first} left for training by {num_processes} "
+            "processes, of which each needs one at least."
+        )
     if not is_cut and train.num_shards % num_processes == 0:
         train = train.shard(num_processes, process)
     elif num_processes > 1:  # all read, none decoded but its own
         train = train.filter(lambda row, index: index % num_processes == process, with_indices=True)
-    rows = list(tqdm(validation, desc="Reading held-out images", unit="image", disable=None))
-    if not rows or next(iter(train), None) is None:
-        raise ValueError(f"The stream is too short: {len(rows)} images are held out, and none are left for training.")
     return {"train": train, "validation": datasets.Dataset.from_list(rows, features=validation.features)}
 
 
@@ -666,10 +670,11 @@ def readable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets
 def endless(dataset: datasets.IterableDataset, seed: int = 0, num_processes: int = 1) -> datasets.IterableDataset:
     """A process's share of a stream, of `load_images`, again and again, each pass in another order.
 
-    Repeated, then shuffled: one endless epoch, through which a resumed run skips to where it was. Passes shorter than the
-    buffer are mixed with one another.
+    Repeated, then shuffled: one endless epoch, through which a resumed run skips to where it was. The buffer holds one pass
+    at most, which is counted for it, up to 10,000 images.
     """
-    return dataset.repeat(None).shuffle(seed=seed, buffer_size=max(1, _SHUFFLE_BUFFER // num_processes))
+    n_images = sum(1 for _ in dataset.take(max(1, _SHUFFLE_BUFFER // num_processes)))
+    return dataset.repeat(None).shuffle(seed=seed, buffer_size=n_images)
 
 
 def stream_tokens(

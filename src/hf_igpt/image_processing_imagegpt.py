@@ -111,8 +111,14 @@ class _ColorQuantization:
         if options is None or any(a is not b for a, b in zip(values, checked, strict=True)):
             options = self._standardize_kwargs(**dict(zip(self._valid_kwargs_names, values, strict=True)))
             self._validate_preprocess_kwargs(**options)
-            self._checked_options = values, options
+            if not any(
+                isinstance(value, (dict, list)) for value in values
+            ):  # which may change and stay the same object
+                self._checked_options = values, options
         return options
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_checked_options"}
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs):
         # The conversion to RGB is ours: transformers' own has changed between versions.
@@ -336,10 +342,11 @@ def _is_unit_range(do_rescale, rescale_factor, do_normalize, image_mean, image_s
 
 
 def _tokens(pixels: list, palette: np.ndarray):
-    """Tokens of images, each PIL or an array (H, W, 3): (B, N) int64, or where sizes differ a list of (N,)."""
-    shapes = {image.size if is_pil_image(image) else image.shape for image in pixels}
+    """Tokens of images, each PIL or an array (H, W, 3): (B, N) int64, or where their N differ a list of (N,)."""
+    shapes = {(*image.size[::-1], 3) if is_pil_image(image) else image.shape for image in pixels}
     if len(shapes) > 1:
-        return [nearest_color(np.asarray(image), palette).reshape(-1) for image in pixels]
+        rows = [nearest_color(np.asarray(image), palette).reshape(-1) for image in pixels]
+        return np.stack(rows) if len({len(row) for row in rows}) == 1 else rows
     pixels = _one_array(pixels) if all(is_pil_image(image) for image in pixels) else np.stack(pixels)
     return nearest_color(pixels, palette).reshape(len(pixels), -1)
 

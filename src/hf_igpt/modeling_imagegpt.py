@@ -41,6 +41,14 @@ from .presets import INIT_EMBEDDING_STD, INIT_MLP_STD, INIT_POSITION_STD, MASK_P
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100  # a label that is not scored
+_WITHOUT_STATIC_CACHE = (  # options of `generate` that say so, cannot have one, or would return it
+    "cache_implementation",
+    "disable_compile",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "return_dict_in_generate",
+    "output_attentions",
+)
 
 
 def initialized(layer: nn.Module, std: float) -> nn.Module:
@@ -61,12 +69,13 @@ class ImageGPTProjection(Conv1D):
         super().__init__(n_out, n_in)
         self.in_features = n_in
         initialized(self, std)
+        self.use_bias = config.use_bias
         if not config.use_bias:
             del self.bias
             self.register_buffer("bias", torch.zeros(n_out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight.t(), self._parameters.get("bias"))
+        return nn.functional.linear(x, self.weight.t(), self.bias if self.use_bias else None)
 
 
 class ColumnsParallel(PackedColwiseParallel):
@@ -135,9 +144,9 @@ class ImageGPTLayerNorm(nn.Module):
         return nn.functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def _dropout(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """`x` after `module.resid_pdrop` of its values are dropped, in training."""
-    return nn.functional.dropout(x, module.resid_pdrop) if module.training and module.resid_pdrop else x
+def _dropped(x: torch.Tensor, dropout: nn.Dropout) -> torch.Tensor:
+    """`dropout(x)`, not called where it does nothing: that takes time where one token is drawn."""
+    return dropout(x) if dropout.training and dropout.p else x
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -165,7 +174,7 @@ class ImageGPTAttention(nn.Module):
         self.c_attn.head_dim = self.head_dim  # what tensor parallelism must not divide
         self.c_proj = ImageGPTProjection(config, d, d, _std(config, (d * config.n_layer) ** -0.5, residual=True))
         self.attn_dropout = config.attn_pdrop
-        self.resid_pdrop = config.resid_pdrop
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, past_key_values: Cache | None = None, attention_mask=None, **kwargs):
         split = (*x.shape[:-1], 3, -1, self.head_dim)
@@ -184,7 +193,7 @@ class ImageGPTAttention(nn.Module):
             **kwargs,
         )
         output = self.c_proj(output.reshape(*x.shape[:-1], -1))
-        return _dropout(output, self), weights
+        return _dropped(output, self.resid_dropout), weights
 
 
 class ImageGPTMLP(nn.Module):
@@ -194,10 +203,10 @@ class ImageGPTMLP(nn.Module):
         self.c_fc = ImageGPTProjection(config, n_inner, config.n_embd, _std(config, INIT_MLP_STD))
         self.c_proj = ImageGPTProjection(config, config.n_embd, n_inner, _std(config, INIT_MLP_STD, residual=True))
         self.act = ACT2FN[config.activation_function]
-        self.resid_pdrop = config.resid_pdrop
+        self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _dropout(self.c_proj(self.act(self.c_fc(x))), self)
+        return _dropped(self.c_proj(self.act(self.c_fc(x))), self.dropout)
 
 
 class ImageGPTBlock(GradientCheckpointingLayer):
@@ -236,6 +245,17 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
     }
     # Causal masks that old transformers versions saved in every block.
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.bias$", r"\.attn\.masked_bias$"]
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        for name, module in model.named_modules():
+            if isinstance(module, ImageGPTProjection) and not module.use_bias and module.bias.any():
+                raise ValueError(
+                    f"The weights hold biases ({name}), which use_bias=False would leave out: load them with use_bias=True."
+                )
+        return loaded
 
     def _refuse_flex_attention(self):
         """Before a static cache is used: with transformers 5.23 its logits were wrong, also of its own models."""
@@ -413,14 +433,16 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.length = length
         self._room = None  # keys and values (B, heads, length, D/heads)
+        self._filled = None, None  # the views of them that were last handed out
 
     def update(self, key_states, value_states, *args, **kwargs):
         seen = self.get_seq_length()
         total = seen + key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self._room is None or self.keys.data_ptr() != self._room[0].data_ptr() or total > self._room[0].shape[-2]:
-            # The first time; after beams were reordered, which are copies; beyond the room.
+        ours = self._room is not None and self.keys is self._filled[0] and self.values is self._filled[1]
+        if not ours or total > self._room[0].shape[-2]:
+            # The first time; after beams were reordered or tokens taken back; beyond the room.
             length = max(total, self.length)
             self._room = tuple(
                 new.new_empty((*new.shape[:2], length, new.shape[3])) for new in (key_states, value_states)
@@ -431,8 +453,16 @@ class RoomyLayer(DynamicLayer):
         keys, values = self._room
         keys[:, :, seen:total] = key_states
         values[:, :, seen:total] = value_states
-        self.keys, self.values = keys[:, :, :total], values[:, :, :total]
+        self.keys, self.values = self._filled = keys[:, :, :total], values[:, :, :total]
         return self.keys, self.values
+
+    def plain(self) -> DynamicLayer:
+        """A `DynamicLayer` of the same keys and values, which nothing will write into."""
+        layer = DynamicLayer()
+        if self.is_initialized:
+            layer.lazy_initialization(self.keys, self.values)
+            layer.keys, layer.values = self.keys, self.values
+        return layer
 
 
 class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
@@ -580,8 +610,8 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             and length == whole  # one shape of cache, so what was compiled serves every call of the same batch size
             and given("use_cache") is not False
             and (given("num_beams") or 1) == 1
-            and all(given(name) is None for name in ("cache_implementation", "prompt_lookup_num_tokens"))
-            and all(kwargs.get(name) is None for name in ("past_key_values", "assistant_model"))
+            and not any(given(name) for name in _WITHOUT_STATIC_CACHE)
+            and all(kwargs.get(name) is None for name in ("past_key_values", "assistant_model", "custom_generate"))
             and self.config._attn_implementation != "flex_attention"
         ):
             supply("cache_implementation", "static")
@@ -590,7 +620,11 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
                 f"The prompt does not start with SOS ({self.config.sos_token_id}): every pixel stands one position "
                 "before the one it was trained at."
             )
-        return super().generate(inputs, generation_config=generation_config, **kwargs)
+        output = super().generate(inputs, generation_config=generation_config, **kwargs)
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(cache, DynamicCache):  # it may be gone on with in any way
+            cache.layers = [layer.plain() if isinstance(layer, RoomyLayer) else layer for layer in cache.layers]
+        return output
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
