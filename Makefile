@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= test,lint,openai
+# Files of tests that run at a time; 0: all in one process.
 WORKERS ?= 2
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 DEMO = outputs/demo

@@ -24,7 +24,10 @@ from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling
 
 # Those that take longest, longest first: each process of `make test` takes a file at a time, and none should be left
 # alone with one of these in the end.
-LONGEST = ("test_peer.py", "test_readme.py", "test_hub.py", "test_several_processes.py", "test_finetuning.py")
+LONGEST = (
+    *("test_hub.py", "test_readme.py", "test_peer.py", "test_training.py", "test_finetuning.py"),
+    *("test_several_processes.py", "test_probing.py"),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -121,7 +121,7 @@ def test_commands_and_snippets_run_in_their_order(workplace):
                 words += ["--max_steps", "30", "--eval_strategy", "steps", "--eval_steps", "30"]
                 words += ["--save_strategy", "steps", "--save_steps", "30", "--use_cpu"]
             if "run_linear_probe.py" in command:
-                words += ["--max_train_samples", "300"]
+                words += ["--max_train_samples", "300", "--max_eval_samples", "100"]
             if launched:
                 run([sys.executable, "-m", "accelerate.commands.launch", *words], workplace)
             else:
