@@ -3,6 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= test,lint,openai
+# Files of tests that run at a time; 0: all in one process.
+WORKERS ?= 2
 PIP = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 DEMO = outputs/demo
 TORCHVISION = $(VENV)/torchvision
@@ -21,7 +23,8 @@ demo: $(VENV)/installed  ## learn from the digits and draw, in minutes
 	@echo "  $(VENV)/bin/python scripts/run_sample.py --model_name_or_path outputs/mine --num_images 16"
 
 test: $(VENV)/installed-test $(TORCHVISION)/installed $(PEER)/installed  ## the whole suite
-	HF_IGPT_TORCHVISION=$(abspath $(TORCHVISION)) HF_IGPT_PEER=$(abspath $(PEER))/tests $(VENV)/bin/python -m pytest
+	HF_IGPT_TORCHVISION=$(abspath $(TORCHVISION)) HF_IGPT_PEER=$(abspath $(PEER))/tests \
+		$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The lowest versions that setup.cfg admits of the two packages whose interfaces move, with torchvision: that old,
 # AutoImageProcessor does not work without it.

@@ -22,6 +22,19 @@ if os.environ.get("HF_IGPT_STUB_TORCHVISION"):
 from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling
 
 
+# Those that take longest, longest first: each process of `make test` takes a file at a time, and none should be left
+# alone with one of these in the end.
+LONGEST = (
+    *("test_hub.py", "test_readme.py", "test_peer.py", "test_training.py", "test_finetuning.py"),
+    *("test_several_processes.py", "test_probing.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from script_server import Scripts
 
 from hf_igpt.cards import ReportArguments, report
 from hf_igpt.conversion import ConvertArguments
@@ -71,9 +72,11 @@ def workplace(tmp_path_factory):
     return folder
 
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "ACCELERATE_USE_CPU": "true"}
+
+
 def run(command, folder):
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -102,21 +105,27 @@ def test_flags_of_the_whole_story_exist(monkeypatch):
 
 
 def test_commands_and_snippets_run_in_their_order(workplace):
-    """Commands without outside data, as written but for the length of training; then the python snippets."""
+    """Commands without outside data, as written but for the length of training and probing; then the python snippets."""
     run_here = [command for command in commands(README) if not any(word in command for word in ELSEWHERE)]
     run_here = [command for command in run_here if "run_publish.py" not in command or "--local_only" in command]
     trained = 0
-    for command in run_here:
-        words = shlex.split(command)
-        launcher = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "accelerate.commands.launch"]
-        words = launcher + words[words.index(next(w for w in words if w.startswith("scripts/"))) :]
-        if "run_pretrain.py" in command:
-            trained += 1
-            words += ["--output_dir", f"outputs/pretrain{trained}"] if trained > 1 else []
-        if "run_pretrain.py" in command or "run_finetune.py" in command:
-            words += ["--max_steps", "30", "--eval_strategy", "steps", "--eval_steps", "30"]
-            words += ["--save_strategy", "steps", "--save_steps", "30", "--use_cpu"]
-        run(words, workplace)
+    with Scripts(ENVIRONMENT, workplace) as scripts:
+        for command in run_here:
+            words = shlex.split(command)
+            launched = words[0] != "python"
+            words = words[words.index(next(w for w in words if w.startswith("scripts/"))) :]
+            if "run_pretrain.py" in command:
+                trained += 1
+                words += ["--output_dir", f"outputs/pretrain{trained}"] if trained > 1 else []
+            if "run_pretrain.py" in command or "run_finetune.py" in command:
+                words += ["--max_steps", "30", "--eval_strategy", "steps", "--eval_steps", "30"]
+                words += ["--save_strategy", "steps", "--save_steps", "30", "--use_cpu"]
+            if "run_linear_probe.py" in command:
+                words += ["--max_train_samples", "300", "--max_eval_samples", "100"]
+            if launched:
+                run([sys.executable, "-m", "accelerate.commands.launch", *words], workplace)
+            else:
+                scripts.run(*words)
     assert (workplace / "outputs/pretrain/samples.png").is_file()
     assert (workplace / "outputs/pretrain/completions.png").is_file()
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -19,7 +19,7 @@ from conftest import randomized, small_config
 from processes import interrupt, launch_settings, pretrain
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoImageProcessor, AutoModelForCausalLM, Trainer
 
 from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling
 from hf_igpt.clusters import to_unit_range
@@ -30,6 +30,7 @@ from hf_igpt.evaluation import read_records
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "scripts" / "accelerate"
 FLOAT32 = {"ACCELERATE_MIXED_PRECISION": "no"}
+SMALL = "n_layer=2,n_embd=32,n_head=2"
 STEPS, AT = 6, 3  # of a run, and where it is interrupted
 RUN = {"max_steps": STEPS, "save_steps": AT, "eval_steps": AT, "logging_steps": 1, "seed": 1, "save_total_limit": None}
 STREAM_STEPS, PER_PROCESS = 8, 4
@@ -81,6 +82,8 @@ def place(tmp_path_factory):
         "dataloader_num_workers": 2,
         "max_steps": STREAM_STEPS,
     }
+    fitting = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    fitting["model"] = {"num_colors": 4, "config_overrides": SMALL}
     fsdp, ddp = (launch_settings(CONFIGS / name) for name in ("fsdp2_8gpu.yaml", "ddp_8gpu.yaml"))
     said = launch(
         folder,
@@ -90,6 +93,7 @@ def place(tmp_path_factory):
             ["pretrain", run(folder, "ddp", ddp | FLOAT32)],
             ["pretrain", run(folder, "fsdp", fsdp | FLOAT32, num_samples=2, milestones="0.5")],
             ["pretrain", run(folder, "bf16", fsdp, max_steps=2, save_steps=2, eval_steps=2)],
+            ["pretrain", run(folder, "palette", ddp | FLOAT32, **fitting)],
             ["pretrain", stream],
             ["interrupt", {"folder": f"{folder}/stream", "step": AT, "to": f"{folder}/stream resumed"}],
             ["pretrain", stream | {"folder": f"{folder}/stream resumed"}],
@@ -104,7 +108,7 @@ def place(tmp_path_factory):
 
 def run(folder, name, environment=None, **options):
     """The arguments of `pretrain` for the run called `name`."""
-    model = {"image_processor_name": f"{folder}/greys.npy", "config_overrides": "n_layer=2,n_embd=32,n_head=2"}
+    model = {"image_processor_name": f"{folder}/greys.npy", "config_overrides": SMALL}
     images = {"max_eval_samples": 51, "random_flip": True}
     run = {"folder": f"{folder}/{name}", "environment": environment, "model": model, "images": images}
     return run | RUN | {"num_samples": 0} | options
@@ -210,6 +214,10 @@ def test_gradient_checkpointing_changes_nothing(place, one):
     pretrain(**run(place, "checkpointed", gradient_checkpointing=True))
     assert losses(place / "checkpointed") == pytest.approx(losses(one), rel=1e-6)
     assert largest_difference(one, place / "checkpointed") <= 1e-6
+
+
+def test_two_processes_fit_one_palette(place):
+    assert len(AutoImageProcessor.from_pretrained(place / "palette").clusters) == 4
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
