@@ -70,7 +70,7 @@ class Memory:
     """Bytes on one device at the peak of a training step.
 
     parameters: float32, with buffers. gradients: float32, all of them. optimizer: AdamW's two moments. exchange: what
-    processes send each other. copies: bfloat16 copies of the weights, which autocast keeps until the forward pass ends.
+    processes send each other. copies: bfloat16 copies of the weights, which backward needs; with checkpointing they are made anew.
     activations: what autograd keeps of the embeddings and blocks when the head is reached. logits: the head and the loss.
     backward: how much higher backward rises, recomputing a block where there is checkpointing.
     """
@@ -116,7 +116,7 @@ def step_memory(
     rest = parameters - config.n_layer * block
     precision = "float32" if not bf16 else "bfloat16" if sharded else "autocast"
     activations, forward, backward = _activations(config, micro_batch, checkpointing, precision, fused_norms)
-    copies = 2 * _block_matrices(config) if precision == "autocast" else 0
+    copies = 2 * _block_matrices(config) if precision == "autocast" and not checkpointing else 0
     share = devices if sharded else 1
     if sharded:  # of gathered weights: the root's, a block's, the next one's; of gradients: a block's, and what is sent
         exchange = (rest + 2 * block + 2 * block) // (2 if bf16 else 1)
