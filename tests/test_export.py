@@ -46,7 +46,8 @@ def test_onnx(network, tokens, tmp_path):
 def test_lora_trains_and_merges(model, tokens):
     peft = pytest.importorskip("peft", reason="make test installs it")
     untrained = model(labels=tokens).loss.item()
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], r=4, fan_in_fan_out=True))
+    targets = ["c_attn", "c_fc", "mlp.c_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=4, fan_in_fan_out=True))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
     for _ in range(5):

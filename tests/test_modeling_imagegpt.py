@@ -12,6 +12,7 @@ import transformers.models.imagegpt.modeling_imagegpt as theirs
 from conftest import randomized, small_config
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -252,6 +253,66 @@ def test_gradient_checkpointing_changes_nothing(model, tokens):
         model(labels=tokens).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("model_class", [ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling])
+def test_recomputing_norms_and_activations_changes_nothing(model_class, autocast):
+    """Same gradients to the last bit as where all is kept, also with dropout; and far less is kept."""
+    masked = model_class is ImageGPTForMaskedImageModeling
+    model = model_class(small_config(objective="masked" if masked else "causal", resid_pdrop=0.1)).train()
+    tokens = torch.randint(0, 16, (2, 64))
+    masks = {"bool_masked_pos": torch.rand(2, 64) < 0.5} if masked else {}
+    found, regions = [], []
+
+    def counted(function, x, use_reentrant):
+        regions.append(x)
+        return checkpoint(function, x, use_reentrant=use_reentrant)
+
+    for checkpointed in (counted, lambda function, x, use_reentrant: function(x)):
+        with mock.patch.object(modeling_imagegpt, "checkpoint", checkpointed):
+            torch.manual_seed(0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(labels=tokens, **masks).loss
+            found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert len(regions) == 3 * model.config.n_layer  # the norms, and the activation function
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    with mock.patch.object(modeling_imagegpt, "checkpoint", side_effect=AssertionError), torch.no_grad():
+        model(labels=tokens, **masks)
+    with mock.patch.object(modeling_imagegpt, "checkpoint", side_effect=AssertionError):
+        model.eval()(labels=tokens, **masks).loss.backward()
+
+
+def test_second_derivatives(model, tokens):
+    """Through what is recomputed too."""
+    model.set_attn_implementation("eager")  # fused kernels have none
+    seconds = []
+    for training in (False, True):
+        model.train(training)
+        weight = model.transformer.h[0].mlp.c_fc.weight
+        (first,) = torch.autograd.grad(model(labels=tokens).loss, weight, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), model.transformer.wpe.weight)[0])
+    assert seconds[0].abs().max() > 0
+    assert_close(seconds[1], seconds[0])
+
+
+def test_gradients_by_torch_func(model, tokens):
+    model.train()
+    weights = dict(model.named_parameters())
+    found = torch.func.grad(lambda w: torch.func.functional_call(model, w, kwargs={"labels": tokens}).loss)(weights)
+    model(labels=tokens).loss.backward()
+    assert_close(found["transformer.wpe.weight"], model.transformer.wpe.weight.grad)
+
+
+def test_quick_gelu():
+    x = torch.linspace(-30, 30, 1001, dtype=torch.float64, requires_grad=True)
+    activation = modeling_imagegpt.QuickGELU()
+    expected = x / (1 + torch.exp(-1.702 * x))
+    assert_close(activation(x), expected)
+    with torch.no_grad():
+        given = x.clone()
+        assert_close(activation(given), expected)
+        assert torch.equal(given, x)  # it writes over tensors of its own only
 
 
 def test_compiles_without_graph_breaks(model, tokens):

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._C._autograd import _saved_tensors_hooks_is_enabled
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -149,6 +151,18 @@ def _dropped(x: torch.Tensor, dropout: nn.Dropout) -> torch.Tensor:
     return dropout(x) if dropout.training and dropout.p else x
 
 
+def _projected(cheap: nn.Module, projection: nn.Module, x: torch.Tensor, recompute: bool) -> torch.Tensor:
+    """`projection(cheap(x))`. recompute: of what it computes keep only x for the backward pass, which repeats `cheap`.
+
+    The repetition ends before the matrix product, so it costs little, while norms and activations are most of what a block
+    would keep. A compiled model keeps no more of a norm anyway, and would repeat products whose results it needs. Within
+    torch.func, which has no hooks on saved tensors, all is kept.
+    """
+    if recompute and torch.is_grad_enabled() and (torch.compiler.is_compiling() or _saved_tensors_hooks_is_enabled()):
+        return checkpoint(lambda x: projection(cheap(x)), x, use_reentrant=False)
+    return projection(cheap(x))
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """softmax(q kᵀ · scaling + mask) v with all weights materialised; softmax in float32. q, k, v: (B, heads, N, D/heads)."""
     scores = query @ key.transpose(-1, -2) * scaling
@@ -176,9 +190,10 @@ class ImageGPTAttention(nn.Module):
         self.attn_dropout = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x, past_key_values: Cache | None = None, attention_mask=None, **kwargs):
-        split = (*x.shape[:-1], 3, -1, self.head_dim)
-        query, key, value = self.c_attn(x).view(split).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
+    def forward(self, x, norm: nn.Module, past_key_values: Cache | None = None, attention_mask=None, **kwargs):
+        qkv = _projected(norm, self.c_attn, x, self.training and not torch.compiler.is_compiling())
+        # each (B, heads, N, D/heads)
+        query, key, value = qkv.view(*x.shape[:-1], 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -196,17 +211,28 @@ class ImageGPTAttention(nn.Module):
         return _dropped(output, self.resid_dropout), weights
 
 
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x) [code gelu]: without gradients in one new tensor, where two would be a block's peak."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = 1.702 * x
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return x * torch.sigmoid(gate)
+        return gate.sigmoid_().mul_(x)
+
+
 class ImageGPTMLP(nn.Module):
     def __init__(self, config: ImageGPTConfig):
         super().__init__()
         n_inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
         self.c_fc = ImageGPTProjection(config, n_inner, config.n_embd, _std(config, INIT_MLP_STD))
         self.c_proj = ImageGPTProjection(config, config.n_embd, n_inner, _std(config, INIT_MLP_STD, residual=True))
-        self.act = ACT2FN[config.activation_function]
+        self.act = QuickGELU() if config.activation_function == "quick_gelu" else ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _dropped(self.c_proj(self.act(self.c_fc(x))), self.dropout)
+    def forward(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        inner = _projected(norm, self.c_fc, x, self.training and not torch.compiler.is_compiling())
+        return _dropped(_projected(self.act, self.c_proj, inner, self.training), self.dropout)
 
 
 class ImageGPTBlock(GradientCheckpointingLayer):
@@ -218,9 +244,8 @@ class ImageGPTBlock(GradientCheckpointingLayer):
         self.mlp = ImageGPTMLP(config)
 
     def forward(self, x: torch.Tensor, past_key_values: Cache | None = None, attention_mask=None, **kwargs):
-        attended, _ = self.attn(self.ln_1(x), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
-        x = x + attended
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.attn(x, self.ln_1, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)[0]
+        return x + self.mlp(x, self.ln_2)
 
 
 class ImageGPTPreTrainedModel(PreTrainedModel):

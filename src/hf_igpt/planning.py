@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import evaluation
 from .configuration_imagegpt import ImageGPTConfig
-from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling, ImageGPTLayerNorm
+from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
 from .presets import N_COLORS, SIZES
 
 
@@ -70,16 +70,15 @@ class Memory:
     """Bytes on one device at the peak of a training step.
 
     parameters: float32, with buffers. gradients: float32, all of them. optimizer: AdamW's two moments. exchange: what
-    processes send each other. copies: bfloat16 copies of the weights, which backward needs; with checkpointing they are made anew.
-    activations: what autograd keeps of the embeddings and blocks when the head is reached. logits: the head and the loss.
-    backward: how much higher backward rises, recomputing a block where there is checkpointing.
+    processes send each other. activations: what autograd keeps of the embeddings and blocks when the head is reached,
+    without checkpointing 10 widths a pixel and block. logits: the head and the loss. backward: how much higher backward
+    rises, recomputing norms and activation functions, or with checkpointing a block.
     """
 
     parameters: int
     gradients: int
     optimizer: int
     exchange: int
-    copies: int
     activations: int
     logits: int
     backward: int
@@ -97,15 +96,14 @@ def step_memory(
     sharded: bool = False,
     checkpointing: bool = False,
     bf16: bool = False,
-    fused_norms: bool = True,
 ) -> Memory:
     """Memory of one of `devices` that trains on `micro_batch` images at a time, by `Trainer` with fused AdamW.
 
     sharded: parameters, gradients and moments split over the devices, one unit for each block (FSDP2, ZeRO-3), gradients
     also between accumulated steps (accelerate's `sync_each_batch`); else replicated (DDP). bf16: `--bf16`, autocast over float32 weights; sharded, the
-    blocks' weights are gathered in bfloat16 and so is the residual stream. fused_norms: GPUs' kernel for norms; False is
-    the CPU's, which keeps one activation more. Attention is a fused kernel's, without N² matrices. Gradients are counted
-    in full: a step without accumulation starts without them, and its peak may be lower by no more than that.
+    blocks' weights are gathered in bfloat16 and so is the residual stream. Attention is a fused kernel's, without N²
+    matrices. Gradients are counted in full: a step without accumulation starts without them, and its peak may be lower
+    by no more than that.
     ValueError: no micro-batch, no device, or sharding over a single one.
     """
     if micro_batch < 1 or devices < 1:
@@ -115,8 +113,7 @@ def step_memory(
     parameters, buffers, block = _weights(config.to_json_string())
     rest = parameters - config.n_layer * block
     precision = "float32" if not bf16 else "bfloat16" if sharded else "autocast"
-    activations, forward, backward = _activations(config, micro_batch, checkpointing, precision, fused_norms)
-    copies = 2 * _block_matrices(config) if precision == "autocast" and not checkpointing else 0
+    activations, forward, backward = _activations(config, micro_batch, checkpointing, precision)
     share = devices if sharded else 1
     if sharded:  # of gathered weights: the root's, a block's, the next one's; of gradients: a block's, and what is sent
         exchange = (rest + 2 * block + 2 * block) // (2 if bf16 else 1)
@@ -127,8 +124,7 @@ def step_memory(
         gradients=math.ceil(parameters / share),
         optimizer=2 * math.ceil(parameters / share),
         exchange=exchange,
-        copies=copies,
-        activations=activations - copies,
+        activations=activations,
         logits=forward - activations,
         backward=max(0, backward - forward),
     )
@@ -147,7 +143,7 @@ def _weights(config_json: str) -> tuple[int, int, int]:
     return size(model.parameters()), size(model.buffers()), size(model.transformer.h[0].parameters())
 
 
-def _activations(config, micro_batch, checkpointing, precision, fused_norms) -> tuple[int, int, int]:
+def _activations(config, micro_batch, checkpointing, precision) -> tuple[int, int, int]:
     """Bytes beyond weights, gradients and moments: before the head, at forward's peak, at backward's peak.
 
     All blocks are alike: each beyond the first adds the same to each of the three.
@@ -158,7 +154,6 @@ def _activations(config, micro_batch, checkpointing, precision, fused_norms) -> 
             micro_batch,
             checkpointing,
             precision,
-            fused_norms,
         )
         for n_layer in (1, 2)
     )
@@ -166,7 +161,7 @@ def _activations(config, micro_batch, checkpointing, precision, fused_norms) -> 
 
 
 @lru_cache(maxsize=1024)
-def _trace(config_json: str, micro_batch: int, checkpointing: bool, precision: str, fused_norms: bool):
+def _trace(config_json: str, micro_batch: int, checkpointing: bool, precision: str):
     """One forward and backward pass on tensors without storage, as `Trainer` runs it; bytes as in `_activations`."""
     config = ImageGPTConfig(**json.loads(config_json))
     with FakeTensorMode():
@@ -176,9 +171,6 @@ def _trace(config_json: str, micro_batch: int, checkpointing: bool, precision: s
             with warnings.catch_warnings():  # it has another name from transformers 5.23 on
                 warnings.simplefilter("ignore", FutureWarning)
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-        if fused_norms:
-            for norm in (module for module in model.modules() if isinstance(module, ImageGPTLayerNorm)):
-                _fuse(norm)
         batch = {"labels": torch.zeros(micro_batch, config.n_positions, dtype=torch.long)}
         if config.objective == "masked":
             batch["bool_masked_pos"] = torch.zeros(micro_batch, config.n_positions, dtype=torch.bool)
@@ -221,25 +213,6 @@ class _LiveBytes(TorchDispatchMode):
     def _free(self, storage, size):
         self.known.discard(storage)
         self.now -= size
-
-
-def _fuse(norm: ImageGPTLayerNorm):
-    """Make `norm` keep for backward what CUDA's kernel for norms keeps: its input and one number for each row."""
-    norm.forward = lambda x: _FusedNorm.apply(x.float(), norm.weight.float()).to(x.dtype)
-
-
-class _FusedNorm(torch.autograd.Function):
-    """The shapes alone of a fused norm of `x` (…, D) with a `weight` (D,)."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------
@@ -416,7 +389,7 @@ def simplest_that_fits(plans: list[Plan]) -> list[Plan]:
 
 def memory_table(plans: list[Plan]) -> str:
     """Plans as a Markdown table: GiB on each device, by part."""
-    parts = ("parameters", "gradients", "optimizer", "exchange", "copies", "activations", "logits", "backward")
+    parts = ("parameters", "gradients", "optimizer", "exchange", "activations", "logits", "backward")
     lines = [f"| size | weights | checkpointing | images at once | {' | '.join(parts)} | total |"]
     lines += ["|---" * (5 + len(parts)) + "|"]
     for option in plans:
