@@ -28,6 +28,7 @@ import torch
 import transformers
 from PIL import Image
 from sklearn.cluster import KMeans
+from sklearn.datasets import load_sample_images
 from torch.profiler import ProfilerActivity, profile
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.models.imagegpt import ImageGPTImageProcessorPil as TheirProcessor
@@ -45,6 +46,7 @@ from hf_igpt.training import ImageGPTTrainer
 OURS, THEIRS, LIMIT = "hf_igpt", "transformers", "limit"
 SUITES = ("train", "generate", "features", "tokenize")
 PEAK_TFLOPS = {"H100": 990, "H200": 990}  # bfloat16, dense, as their data sheets say
+_TURN = 0.1  # seconds
 PEAK_BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes a second, likewise
 
 
@@ -65,7 +67,7 @@ class BenchmarkArguments:
     image_size: int = field(default=32, metadata={"help": "Pixels of a side."})
     n_images: int = field(default=64, metadata={"help": "Images that are tokenised at once."})
     n_files: int = field(default=4000, metadata={"help": "JPEG files of a folder that is tokenised."})
-    n_pixels: int = field(default=200_000, metadata={"help": "Pixels that a palette is fitted to."})
+    n_pixels: int = field(default=1_000_000, metadata={"help": "Pixels that a palette is fitted to."})
     max_tokens: int | None = field(default=None, metadata={"help": "Pixels drawn of each image. Default: all."})
 
     def __post_init__(self):
@@ -79,22 +81,18 @@ class BenchmarkArguments:
 
 
 def take_turns(contenders: dict[str, Callable], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each contender, which take turns after one call each to warm up.
+    """Seconds of a call of each contender, `repeats` times in turns after one call each to warm up.
 
-    What takes milliseconds is called once more before each turn: after another's turn it would find its data gone from the
-    processor's caches, which is not how many batches in a row find it.
+    What is short is called again and again for `_TURN` seconds, and the mean counts: the first call after another's turn
+    finds its data gone from the processor's caches, which is not how the next of many batches finds it.
     """
-    seconds = {name: [] for name in contenders}
+    calls, seconds = {}, {name: [] for name in contenders}
     for repeat in range(repeats + 1):
         for name, run in contenders.items():
-            if seconds[name] and seconds[name][-1] < 0.05:
-                run()
-            _synchronize(device)
-            start = time.perf_counter()
-            run()
-            _synchronize(device)
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(_seconds(run, calls[name], device))
+            else:
+                calls[name] = math.ceil(_TURN / _seconds(run, 1, device))
     return seconds
 
 
@@ -111,6 +109,15 @@ def peak_memory(run: Callable, device: str = "cpu") -> float:
     allocations = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(allocations, key=lambda event: event.start_ns())])
     return float(held.max(initial=0)) / 2**20
+
+
+def _seconds(run: Callable, calls: int = 1, device: str = "cpu") -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    _synchronize(device)
+    return (time.perf_counter() - start) / calls
 
 
 def _synchronize(device: str):
@@ -451,7 +458,7 @@ def generate(args: BenchmarkArguments) -> list[Record]:
             cache = 2 * 2 * shape["n_layer"] * shape["n_embd"] * batch_size * new_tokens / 2
             seconds[LIMIT] = [new_tokens * (weights + cache) / bandwidth]
         else:
-            one = take_turns({LIMIT: _matrix_products(ours, batch_size, 1, new_tokens // 2)}, 20)
+            one = take_turns({LIMIT: _matrix_products(ours, batch_size, 1, new_tokens // 2)}, args.repeats)
             seconds[LIMIT] = [new_tokens * time for time in one[LIMIT]]
         records += stage.records(seconds)
     return records
@@ -513,7 +520,7 @@ def tokenize(args: BenchmarkArguments) -> list[Record]:
         records = _processors(args, images, palette) + _tables(args, palette)
     finally:
         torch.set_num_threads(threads)
-    return records + _batches(args, palette) + _palette_fit(args, pixels) + _folder(args, palette)
+    return records + _batches(args, palette) + _palette_fit(args) + _folder(args, palette)
 
 
 def _processors(args, images, palette):
@@ -533,18 +540,13 @@ def _processors(args, images, palette):
                 np.asarray(processor(given, return_tensors="pt")["input_ids"]) for processor in (ours, theirs)
             )
             _equally_near(found, expected, palette, given, args.image_size)
-            repeat = max(
-                4, 32 // count
-            )  # one image is too short to be timed alone, and the first call finds cold caches
             contenders = {
-                THEIRS: lambda: [theirs(given, return_tensors="pt") for _ in range(repeat)],  # noqa: B023
-                OURS: lambda: [ours(given, return_tensors="pt") for _ in range(repeat)],  # noqa: B023
+                THEIRS: lambda: theirs(given, return_tensors="pt"),  # noqa: B023
+                OURS: lambda: ours(given, return_tensors="pt"),  # noqa: B023
             }
             if limit:
-                contenders[LIMIT] = lambda: [limit(given) for _ in range(repeat)]  # noqa: B023
+                contenders[LIMIT] = lambda: limit(given)  # noqa: B023
             seconds = take_turns(contenders, args.repeats)
-            for name in seconds:
-                seconds[name] = [second / repeat for second in seconds[name]]
             stage = Stage(f"tokens of {what}, {count} at once", count, "smooth shapes", {"batch size": count})
             records += stage.records(seconds)
     return records
@@ -603,29 +605,31 @@ def _batches(args, palette):
                 LIMIT: lambda: torch.from_numpy(mapped[rng.permutation(len(tokens))[:batch_size]]).long(),
             }
             stage = Stage(f"batches of 128 read{what}", batch_size, "random tokens", {"batch size": batch_size})
-            records += stage.records(take_turns(contenders, 4 * args.repeats))
+            records += stage.records(take_turns(contenders, args.repeats))
         return records
 
 
-def _palette_fit(args, pixels):
+def _palette_fit(args):
+    """Pixels of two photographs that scikit-learn brings along, doubled in size; its own call stops before convergence."""
+    photographs = [Image.fromarray(image) for image in load_sample_images().images]
+    photographs = [image.resize((2 * image.width, 2 * image.height), 3) for image in photographs]
+    pixels = np.concatenate([np.asarray(image).reshape(-1, 3) for image in photographs])
     pixels = pixels[np.random.default_rng(0).permutation(len(pixels))[: args.n_pixels]]
     n_colors = min(N_COLORS, len(pixels) // 8)
-    floats = pixels.astype(np.float32)
-    own = {"n_init": 1, "random_state": 0, "tol": 0, "max_iter": clusters._MAX_ITERATIONS}  # to the end, as ours
-    seconds = {LIMIT: [_seconds(lambda: KMeans(n_colors, **own).fit(floats))]}
-    seconds[OURS] = [_seconds(lambda: clusters.fit_palette(pixels, n_colors))]
+    theirs = KMeans(n_colors, n_init=1, random_state=0)
+    seconds = {LIMIT: [_seconds(lambda: theirs.fit(pixels.astype(np.float32)))]}
+    palettes = {}
+    seconds[OURS] = [_seconds(lambda: palettes.update({OURS: clusters.fit_palette(pixels, n_colors)}))]
+    palettes[THEIRS] = clusters.to_unit_range(theirs.cluster_centers_)
+    missed = {name: clusters.distortion(pixels, palette)["rmse_grey_levels"] for name, palette in palettes.items()}
+    if missed[OURS] > 1.01 * missed[THEIRS]:
+        raise ValueError(f"Our palette is {missed[OURS]:.3g} grey levels off, scikit-learn's {missed[THEIRS]:.3g}.")
     return Stage("palette of 512 colours", 0, f"{len(pixels):,} pixels", {"colors": n_colors}).records(seconds)
-
-
-def _seconds(run: Callable) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _decode(paths: list[str], image_size: int):
     for path in paths:
-        Image.open(path).convert("RGB").resize((image_size,) * 2, 2)
+        Image.open(path).resize((image_size,) * 2, 2)
 
 
 def _tokenize_photos(palette, image_size: int, barrier, seconds):
@@ -664,7 +668,7 @@ def _folder(args, palette):
 
         with context.Pool(2) as pool:
             pool.starmap(_decode, [(paths[:1], args.image_size)] * 2)  # imports
-            parts = [(paths[start::8], args.image_size) for start in range(8)]
+            parts = [(paths[start::2], args.image_size) for start in range(2)]
             seconds = {OURS: [], LIMIT: []}
             for repeat in range(max(1, args.repeats // 2)):
                 seconds[LIMIT].append(_seconds(lambda: pool.starmap(_decode, parts, chunksize=1)))

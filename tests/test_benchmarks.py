@@ -51,7 +51,7 @@ def test_processors_and_palettes_are_compared_timed_and_recorded():
     images = benchmarks.photos(4)
     pixels = np.asarray(images[0]).reshape(-1, 3)
     palette = benchmarks.clusters.to_unit_range(np.unique(pixels, axis=0)[::200][:40])
-    records = benchmarks._processors(small(), images, palette) + benchmarks._palette_fit(small(), pixels)
+    records = benchmarks._processors(small(), images, palette) + benchmarks._palette_fit(small())
     stages = {record.settings["stage"] for record in records}
     assert len(stages) == 7 and "tokens of 224x224 PIL photos, 4 at once" in stages
     assert len(records) == 2 * 6 + 2 + 2  # the limit of photos, and scikit-learn's call

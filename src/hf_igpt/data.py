@@ -413,7 +413,8 @@ def read_image(cell) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
-            return to_rgb_image(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb_image(image)
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
         raise ValueError(f"{cell.get('path') or 'no path'}: {reason or f'{type(error).__name__}: {error}'}") from error
@@ -506,10 +507,12 @@ def tokenize(dataset: datasets.Dataset, processor, on_bad_image: str = "error", 
         features[LABEL] = dataset.features[LABEL]
 
     def to_tokens(batch, indices):
-        images, reasons = _read_batch(batch[IMAGE], indices, on_bad_image)
+        rows, reasons = _read_batch(
+            batch[IMAGE], indices, on_bad_image, then=lambda image, index: processor(image)[TOKENS][0]
+        )
         tokens = np.zeros((len(reasons), n_tokens), dtype)
-        if images:
-            tokens[[not reason for reason in reasons]] = processor(images)[TOKENS]
+        if rows:
+            tokens[[not reason for reason in reasons]] = rows
         return {TOKENS: tokens, "bad": reasons}
 
     dataset = dataset.map(
