@@ -284,7 +284,9 @@ def test_eight_bit_images_give_the_tokens_of_the_general_path(palette, monkeypat
         torch.tensor(PIXELS),
         torch.tensor(PIXELS.transpose(2, 0, 1)),
     ]
-    for options in ({"size": 8}, {"size": {"height": 20, "width": 30}}, {"size": 8, "do_center_crop": True}):
+    crop = {"do_center_crop": True}
+    sizes = [{"height": height, "width": width} for height, width in ((8, 8), (20, 30), (3, 30))]
+    for options in [{"size": size} | more for size in sizes for more in ({}, crop)]:
         processor = Processor(clusters=palette, **options)
         short = [processor(image)["input_ids"] for image in images]
         together = np.concatenate([processor(batch)["input_ids"] for batch in (images[:4], images[4:5] * 3)])

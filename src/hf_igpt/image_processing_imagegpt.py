@@ -90,6 +90,13 @@ class _ColorQuantization:
         if isinstance(images, (list, tuple)) and len(images) == 0:
             raise ValueError("No images: an empty list was given.")
         batch = list(images) if isinstance(images, (list, tuple)) else [images]
+        if all(
+            (image.ndim == expected_ndims and image.size)
+            if type(image) is np.ndarray
+            else is_pil_image(image) and 0 not in image.size
+            for image in batch
+        ):
+            return batch  # the frequent kinds, that leave no question
         batch = [image[None] if getattr(image, "ndim", None) == 2 else image for image in batch]  # (1, H, W): grey
         images = super()._prepare_images_structure(batch if len(batch) > 1 else batch[0], expected_ndims=expected_ndims)
         for index, image in enumerate(images):
@@ -300,10 +307,16 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
         if not all(is_pil_image(image) or image.dtype in (np.uint8, torch.uint8) for image in images):
             return super()._preprocess_image_like_inputs(images, *args, **kwargs)
         size = (kwargs["size"].width, kwargs["size"].height) if kwargs["do_resize"] else None
+        layout, resample, square = kwargs["input_data_format"], kwargs["resample"], kwargs["do_center_crop"]
+        whole = size is not None and size[1] not in (1, 3, 4) and (size[0] == size[1] or not square)
+        shape = (size[1], size[0], 3) if whole else None  # of an array that needs nothing, whose layout is plain
         pixels = []
         for image in images:
-            image = _rgb(_eight_bit(image)) if is_pil_image(image) else _pixels(image, kwargs["input_data_format"])
-            pixels.append(_resized(image, size, kwargs["resample"], kwargs["do_center_crop"]))
+            if layout is None and type(image) is np.ndarray and image.shape == shape:
+                pixels.append(image)
+                continue
+            image = _rgb(_eight_bit(image)) if is_pil_image(image) else _pixels(image, layout)
+            pixels.append(_resized(image, size, resample, square))
         tokens = _tokens(pixels, np.asarray(kwargs["clusters"], dtype=np.float64))
         return BatchFeature({"input_ids": tokens}, tensor_type=kwargs["return_tensors"])
 
@@ -336,8 +349,10 @@ def _is_unit_range(do_rescale, rescale_factor, do_normalize, image_mean, image_s
     """Whether grey levels 0..255 become the palette's scale, [-1, 1], so that 8-bit colours can be looked up."""
     return bool(
         (do_rescale and do_normalize and abs(rescale_factor * 255 - 1) < 1e-12)
-        and set(np.atleast_1d(image_mean)) == {0.5}
-        and set(np.atleast_1d(image_std)) == {0.5}
+        and all(
+            values == (0.5,) * 3 if type(values) is tuple else set(np.atleast_1d(values)) == {0.5}
+            for values in (image_mean, image_std)
+        )
     )
 
 
@@ -366,8 +381,6 @@ def _one_array(images: list) -> np.ndarray:
 
 def _pixels(image, input_data_format=None) -> np.ndarray:
     """An array of 8-bit greys, RGB or RGBA, in either layout -> uint8 (H, W, 3)."""
-    if input_data_format is None and image.shape[2] == 3 and image.shape[0] not in (1, 3, 4):
-        return np.asarray(image)  # the frequent kind, that leaves no question
     image = np.asarray(_rgb_array(_eight_bit_array(image), input_data_format))
     layout = input_data_format or infer_channel_dimension_format(image, num_channels=3)
     return image if ChannelDimension(layout) == ChannelDimension.LAST else np.moveaxis(image, 0, -1)
