@@ -1,6 +1,6 @@
 """Ours against transformers' own ImageGPT, and against what the work needs at least, side by side in one run.
 
-    python benchmarks/run.py --suite all --output records.json        # 2 CPU cores: 25 minutes; a line of table per stage
+    python benchmarks/run.py --suite all --output records.json        # 2 CPU cores: 15 minutes; a line of table per stage
     python benchmarks/run.py --suite train --device cuda              # one H100: S and M, bfloat16, with Trainer
 
 Both have the same weights and the same data, made here. Their outputs are compared before anything is timed; then they
