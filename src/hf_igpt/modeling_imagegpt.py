@@ -451,7 +451,8 @@ class RoomyLayer(DynamicLayer):
     """A `DynamicLayer` with room for `length` positions: new keys and values are written behind the old ones.
 
     transformers' copies all that it has for every token. Here `keys` and `values` are views of what is filled, so that
-    attention reads no more than that. For generation only: what is written in place has no gradient.
+    attention reads no more than that. For generation only: what is written in place has no gradient. A compiled model
+    copies: compilers refuse views of one tensor that it writes into.
     """
 
     def __init__(self, length: int):
@@ -461,6 +462,8 @@ class RoomyLayer(DynamicLayer):
         self._filled = None, None  # the views of them that were last handed out
 
     def update(self, key_states, value_states, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
         seen = self.get_seq_length()
         total = seen + key_states.shape[-2]
         if not self.is_initialized:
