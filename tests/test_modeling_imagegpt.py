@@ -664,7 +664,7 @@ def test_room_for_keys_and_values_is_a_dynamic_cache():
     update(1)
     for layer in (roomy, plain):
         layer.reset()
-    update(2, batch=1)
+    update(2)
 
 
 def test_sampling_is_from_the_whole_distribution(model):
