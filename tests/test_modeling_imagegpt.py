@@ -1,5 +1,6 @@
 """The model against OpenAI's own outputs, transformers' class, and its own mathematics."""
 
+import copy
 import math
 from pathlib import Path
 from unittest import mock
@@ -255,21 +256,27 @@ def test_gradient_checkpointing_changes_nothing(model, tokens):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.fixture
+def repeating(monkeypatch):
+    """Norms and activations are computed again in backward, however small they are."""
+    monkeypatch.setattr(modeling_imagegpt, "_WORTH_REPEATING", 0)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("model_class", [ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling])
-def test_recomputing_norms_and_activations_changes_nothing(model_class, autocast):
-    """Same gradients to the last bit as where all is kept, also with dropout; and far less is kept."""
+def test_recomputing_norms_and_activations_changes_nothing(model_class, autocast, repeating):
+    """Same gradients to the last bit as where all is kept, also with dropout."""
     masked = model_class is ImageGPTForMaskedImageModeling
     model = model_class(small_config(objective="masked" if masked else "causal", resid_pdrop=0.1)).train()
     tokens = torch.randint(0, 16, (2, 64))
     masks = {"bool_masked_pos": torch.rand(2, 64) < 0.5} if masked else {}
     found, regions = [], []
 
-    def counted(function, x, use_reentrant):
-        regions.append(x)
-        return checkpoint(function, x, use_reentrant=use_reentrant)
+    def counted(function, *used, **options):
+        regions.append(used)
+        return checkpoint(function, *used, **options)
 
-    for checkpointed in (counted, lambda function, x, use_reentrant: function(x)):
+    for checkpointed in (counted, lambda function, *used, **options: function(*used)):
         with mock.patch.object(modeling_imagegpt, "checkpoint", checkpointed):
             torch.manual_seed(0)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -283,7 +290,82 @@ def test_recomputing_norms_and_activations_changes_nothing(model_class, autocast
         model.eval()(labels=tokens, **masks).loss.backward()
 
 
-def test_second_derivatives(model, tokens):
+def gradients_of(model, loss):
+    return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+
+
+def test_recomputing_is_of_the_weights_that_were_used(model, tokens, repeating):
+    """In a functional call others than the module's; those that have changed since are refused."""
+    weights = {name: (1.3 * weight).detach().requires_grad_() for name, weight in model.named_parameters()}
+    found = {}
+    for training in (False, True):
+        loss = torch.func.functional_call(model.train(training), weights, kwargs={"labels": tokens}).loss
+        found[training] = torch.autograd.grad(loss, list(weights.values()))
+    for one, other in zip(found[False], found[True], strict=True):
+        assert_close(other, one)
+    loss = model(labels=tokens).loss  # in training
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_others_put_into_a_block_runs_once(model, tokens, repeating):
+    """Hooks, and modules in place of ours: as often in training as without it, with gradients on what they see."""
+    block = model.transformer.h[0]
+    block.attn.resid_dropout = torch.nn.Identity()
+    block.mlp.act = torch.nn.ReLU(inplace=True)
+    model.transformer.h[1].ln_1 = torch.nn.BatchNorm1d(64)  # of (B, N, D): its channels are the positions
+    seen = {}
+
+    def watch(module, inputs, output):
+        output.retain_grad()
+        seen.setdefault(module, []).append(output)
+
+    watched = (
+        block.ln_1,
+        block.attn.c_attn,
+        block.ln_2,
+        model.transformer.h[1].mlp.act,
+        model.transformer.h[1].mlp.c_fc,
+    )
+    for module in watched:
+        module.register_forward_hook(watch)
+    model.train()
+    model(labels=tokens).loss.backward()
+    assert [len(seen[module]) for module in watched] == [1] * len(watched)
+    assert all(seen[module][0].grad.abs().sum() > 0 for module in watched)
+    assert model.transformer.h[1].ln_1.num_batches_tracked == 1
+
+
+def test_dropout_of_another_kind_is_called(model, tokens):
+    class AlwaysOn(torch.nn.Dropout):
+        def forward(self, x):
+            return torch.nn.functional.dropout(x, 0.5)
+
+    with torch.no_grad():
+        expected = model(labels=tokens).loss
+        model.transformer.h[0].mlp.dropout = AlwaysOn()
+        assert (model(labels=tokens).loss - expected).abs() > 1e-6
+
+
+def test_float64_is_kept(model, tokens):
+    """Not rounded to float32 on the way: a finite difference agrees to nine digits."""
+    model.double().train()
+    weight = model.transformer.h[0].ln_1.weight
+    (slope,) = torch.autograd.grad(model(labels=tokens).loss, weight)
+    step = 1e-5 * slope / slope.norm()
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * step
+            losses.append(model(labels=tokens).loss)
+            weight -= sign * step
+    assert losses[0].dtype == torch.float64
+    assert ((losses[0] - losses[1]) / 2e-5).item() == pytest.approx(slope.norm().item(), rel=1e-8)
+
+
+def test_second_derivatives(model, tokens, repeating):
     """Through what is recomputed too."""
     model.set_attn_implementation("eager")  # fused kernels have none
     seconds = []
@@ -296,12 +378,17 @@ def test_second_derivatives(model, tokens):
     assert_close(seconds[1], seconds[0])
 
 
-def test_gradients_by_torch_func(model, tokens):
+def test_gradients_by_torch_func(model, tokens, repeating):
     model.train()
     weights = dict(model.named_parameters())
     found = torch.func.grad(lambda w: torch.func.functional_call(model, w, kwargs={"labels": tokens}).loss)(weights)
     model(labels=tokens).loss.backward()
     assert_close(found["transformer.wpe.weight"], model.transformer.wpe.weight.grad)
+    each = torch.func.vmap(
+        torch.func.grad(lambda w, row: torch.func.functional_call(model, w, kwargs={"labels": row[None]}).loss),
+        in_dims=(None, 0),
+    )(weights, tokens)  # gradients of each image
+    assert_close(each["transformer.wpe.weight"].mean(dim=0), found["transformer.wpe.weight"])
 
 
 def test_quick_gelu():
@@ -316,8 +403,11 @@ def test_quick_gelu():
 
 
 def test_compiles_without_graph_breaks(model, tokens):
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert compiled(labels=tokens).loss.item() == pytest.approx(model(labels=tokens).loss.item(), rel=1e-5)
+    expected = gradients_of(model, model(labels=tokens).loss)
+    found = torch.compile(model.train(), fullgraph=True, backend="aot_eager")(labels=tokens).loss
+    assert found.item() == pytest.approx(model(labels=tokens).loss.item(), rel=1e-5)
+    for name, gradient in gradients_of(model, found).items():
+        assert_close(gradient, expected[name])
 
 
 def test_left_padding(model, tokens):
@@ -646,6 +736,8 @@ def test_room_for_keys_and_values_is_a_dynamic_cache():
     room = roomy.keys.data_ptr()
     update(1)
     assert roomy.keys.data_ptr() == room  # nothing was copied
+    alone = roomy.plain().keys
+    assert torch.equal(alone, roomy.keys) and alone.untyped_storage().nbytes() == alone.nbytes  # no room is left
     for layer in (roomy, plain):
         layer.crop(-2)
     update(1)
@@ -662,6 +754,12 @@ def test_room_for_keys_and_values_is_a_dynamic_cache():
     for layer in (roomy, plain):
         layer.batch_select_indices(torch.tensor([0, 3]))
     update(1)
+    branches = [copy.copy(layer) for layer in (roomy, roomy, plain, plain)]
+    new = torch.randn(4, 2, 3, 1, 4)
+    for one, other in ((0, 2), (1, 3)):
+        branches[one].update(*new[one : one + 2]), branches[other].update(*new[one : one + 2])
+    for one, other in ((0, 2), (1, 3)):  # neither wrote into the other
+        assert torch.equal(branches[one].keys, branches[other].keys)
     for layer in (roomy, plain):
         layer.reset()
     update(2)

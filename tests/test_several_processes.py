@@ -92,7 +92,7 @@ def place(tmp_path_factory):
             ["load_sharded", {"source": str(folder / "whole"), "report": str(folder / "report")}],
             ["pretrain", run(folder, "ddp", ddp | FLOAT32)],
             ["pretrain", run(folder, "fsdp", fsdp | FLOAT32, num_samples=2, milestones="0.5")],
-            ["pretrain", run(folder, "bf16", fsdp, max_steps=2, save_steps=2, eval_steps=2)],
+            ["pretrain", run(folder, "checkpoints of bf16", fsdp, max_steps=2, save_steps=2, eval_steps=2)],
             ["pretrain", run(folder, "palette", ddp | FLOAT32, **fitting)],
             ["pretrain", stream],
             ["interrupt", {"folder": f"{folder}/stream", "step": AT, "to": f"{folder}/stream resumed"}],
@@ -205,8 +205,10 @@ def test_what_a_sharded_run_leaves_behind(place):
 
 
 def test_bfloat16_shards_train(place, one):
-    assert losses(place / "bf16") == pytest.approx(losses(one)[:2], rel=1e-2)
-    assert json.loads((place / "bf16" / "run.json").read_text())["recipe"]["precision"] == "bfloat16 autocast"
+    """In a folder whose name begins as those of checkpoints do, which hold no whole model."""
+    assert AutoModelForCausalLM.from_pretrained(place / "checkpoints of bf16").generate().shape == (1, 65)
+    assert losses(place / "checkpoints of bf16") == pytest.approx(losses(one)[:2], rel=1e-2)
+    assert json.loads((place / "checkpoints of bf16" / "run.json").read_text())["recipe"]["precision"] == "bfloat16 autocast"
 
 
 def test_gradient_checkpointing_changes_nothing(place, one):

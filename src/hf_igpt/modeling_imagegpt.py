@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._C._autograd import _saved_tensors_hooks_is_enabled
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -43,6 +44,7 @@ from .presets import INIT_EMBEDDING_STD, INIT_MLP_STD, INIT_POSITION_STD, MASK_P
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100  # a label that is not scored
+_WORTH_REPEATING = 2**18  # elements of a tensor from which on its memory is worth the time of computing it again
 _WITHOUT_STATIC_CACHE = (  # options of `generate` that say so, cannot have one, or would return it
     "cache_implementation",
     "disable_compile",
@@ -130,7 +132,7 @@ def _std(config: ImageGPTConfig, openai: float, residual: bool = False) -> float
 class ImageGPTLayerNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension: no mean subtraction, no bias [code norm].
 
-    Computed in float32 whatever the input's type: squares of float16 overflow beyond 256.
+    Computed in float32 where the input is of a smaller type: squares of float16 overflow beyond 256.
     """
 
     def __init__(self, size: int, eps: float):
@@ -139,36 +141,96 @@ class ImageGPTLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (
-            x.dtype == self.weight.dtype == torch.float32
-        ):  # nothing to convert, which takes time where one token is drawn
-            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return nn.functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return _normalized(x, self.weight, self.eps)
 
 
-def _dropped(x: torch.Tensor, dropout: nn.Dropout) -> torch.Tensor:
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x) [code gelu]: without gradients in one new tensor, where two would be a block's peak."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = 1.702 * x
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return x * torch.sigmoid(gate)
+        return gate.sigmoid_().mul_(x)
+
+
+def _normalized(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if x.dtype == weight.dtype == torch.float32:  # nothing to convert, which takes time where one token is drawn
+        return nn.functional.rms_norm(x, weight.shape, weight, eps)
+    return nn.functional.rms_norm(_precise(x), weight.shape, _precise(weight), eps).to(x.dtype)
+
+
+def _precise_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _precise(x: torch.Tensor) -> torch.Tensor:
+    """In float32, or the larger type that `x` has."""
+    return x.to(_precise_dtype(x))
+
+
+def _is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether calling `module` is `kind.forward` and nothing else: nobody has derived from it or hooked into it."""
+    return type(module) is kind and not (
+        "forward" in vars(module)
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
+
+
+def _dropped(x: torch.Tensor, dropout: nn.Module) -> torch.Tensor:
     """`dropout(x)`, not called where it does nothing: that takes time where one token is drawn."""
-    return dropout(x) if dropout.training and dropout.p else x
+    idle = _is_plain(dropout, nn.Dropout) and not (dropout.training and dropout.p)
+    return x if idle else dropout(x)
 
 
-def _projected(cheap: nn.Module, projection: nn.Module, x: torch.Tensor, recompute: bool) -> torch.Tensor:
-    """`projection(cheap(x))`. recompute: of what it computes keep only x for the backward pass, which repeats `cheap`.
+def _projected(cheap: nn.Module, projection: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`projection(cheap(x))`. In training only x is kept for the backward pass, which repeats `cheap`, a norm or activation.
 
-    The repetition ends before the matrix product, so it costs little, while norms and activations are most of what a block
-    would keep. A compiled model keeps no more of a norm anyway, and would repeat products whose results it needs. Within
-    torch.func, which has no hooks on saved tensors, all is kept.
+    The repetition ends before the matrix product, so it costs little, while what norms and activations give is most of what
+    a block would keep. All is kept where that is little, or where repeating might not be the same: where a module is not
+    this file's own, as with adapters, tensor parallelism and hooks; in torch.func, which has no hooks on saved tensors; and
+    norms where a compiler decides what is kept.
     """
-    if recompute and torch.is_grad_enabled() and (torch.compiler.is_compiling() or _saved_tensors_hooks_is_enabled()):
-        return checkpoint(lambda x: projection(cheap(x)), x, use_reentrant=False)
-    return projection(cheap(x))
+    if not (projection.training and torch.is_grad_enabled() and _is_plain(projection, ImageGPTProjection)):
+        return projection(cheap(x))
+    is_norm, is_activation = _is_plain(cheap, ImageGPTLayerNorm), _is_plain(cheap, QuickGELU)
+    if torch.compiler.is_compiling():
+        if is_activation and not torch.compiler.is_exporting():
+            return checkpoint(lambda x: projection(cheap(x)), x, use_reentrant=False)
+        return projection(cheap(x))
+    if (
+        not (is_norm or is_activation)
+        or x.numel() < _WORTH_REPEATING
+        or torch.is_inference_mode_enabled()
+        or not _saved_tensors_hooks_is_enabled()
+    ):
+        return projection(cheap(x))
+    # Of tensors, not of modules: these may hold other weights, or do something else, when backward comes.
+    gain, bias = cheap.weight if is_norm else None, projection.bias if projection.use_bias else None
+    used = [tensor for tensor in (x, gain, projection.weight, bias) if tensor is not None]
+    versions = [tensor._version for tensor in used]
+
+    def compute(x, gain, weight, bias):
+        if [tensor._version for tensor in used] != versions:
+            raise RuntimeError(
+                "A weight or activation that the backward pass needs was modified by an inplace operation after the "
+                "forward pass: run backward first."
+            )
+        y = cheap.forward(x) if gain is None else _normalized(x, gain, cheap.eps)
+        return nn.functional.linear(y, weight.t(), bias)
+
+    return checkpoint(compute, x, gain, projection.weight, bias, use_reentrant=False, preserve_rng_state=False)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(q kᵀ · scaling + mask) v with all weights materialised; softmax in float32. q, k, v: (B, heads, N, D/heads)."""
+    """softmax(q kᵀ · scaling + mask) v with all weights materialised; softmax in float32 at least. q, k, v: (B, heads, N, D/heads)."""
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = scores.softmax(dim=-1, dtype=_precise_dtype(scores)).to(value.dtype)
     output = nn.functional.dropout(weights, p=dropout, training=module.training) @ value
     return output.transpose(1, 2), weights  # (B, N, heads, D/heads), (B, heads, N, N)
 
@@ -191,7 +253,7 @@ class ImageGPTAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, norm: nn.Module, past_key_values: Cache | None = None, attention_mask=None, **kwargs):
-        qkv = _projected(norm, self.c_attn, x, self.training and not torch.compiler.is_compiling())
+        qkv = _projected(norm, self.c_attn, x)
         # each (B, heads, N, D/heads)
         query, key, value = qkv.view(*x.shape[:-1], 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         if past_key_values is not None:
@@ -211,16 +273,6 @@ class ImageGPTAttention(nn.Module):
         return _dropped(output, self.resid_dropout), weights
 
 
-class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x) [code gelu]: without gradients in one new tensor, where two would be a block's peak."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate = 1.702 * x
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return x * torch.sigmoid(gate)
-        return gate.sigmoid_().mul_(x)
-
-
 class ImageGPTMLP(nn.Module):
     def __init__(self, config: ImageGPTConfig):
         super().__init__()
@@ -231,8 +283,7 @@ class ImageGPTMLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-        inner = _projected(norm, self.c_fc, x, self.training and not torch.compiler.is_compiling())
-        return _dropped(_projected(self.act, self.c_proj, inner, self.training), self.dropout)
+        return _dropped(_projected(self.act, self.c_proj, _projected(norm, self.c_fc, x)), self.dropout)
 
 
 class ImageGPTBlock(GradientCheckpointingLayer):
@@ -408,8 +459,13 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
-    """Whether values can be looked at: not while compiling or exporting, nor those of meta and fake tensors."""
-    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+    """Whether values can be looked at: not while compiling or exporting, nor of meta and fake tensors and within vmap."""
+    return not (
+        torch.compiler.is_compiling()
+        or tensor.is_meta
+        or isinstance(tensor, FakeTensor)
+        or is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def check_tokens(tokens: torch.Tensor, limit: int, name: str, config: ImageGPTConfig, ignore: bool = False):
@@ -485,12 +541,14 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def plain(self) -> DynamicLayer:
-        """A `DynamicLayer` of the same keys and values, which nothing will write into."""
+        """A `DynamicLayer` of the same keys and values, which nothing will write into, without the room behind them."""
         layer = DynamicLayer()
         if self.is_initialized:
             layer.lazy_initialization(self.keys, self.values)
-            layer.keys, layer.values = self.keys, self.values
+            layer.keys, layer.values = self.keys.contiguous(), self.values.contiguous()
         return layer
+
+    __copy__ = plain  # two layers cannot write into one room
 
 
 class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
@@ -624,7 +682,8 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         if given("max_new_tokens") is None and given("max_length") is None:
             supply("max_length", whole)
         if given("max_new_tokens") is not None:
-            start = kwargs.get("inputs_embeds", prompt)
+            embeddings = kwargs.get("inputs_embeds")
+            start = prompt if embeddings is None else embeddings
             length = given("max_new_tokens") + (1 if start is None else start.shape[1])
         else:
             length = given("max_length")
@@ -662,7 +721,8 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache = model_kwargs.get("past_key_values")
-        if given is None and type(cache) is DynamicCache and not cache.offloading:
+        beams = (generation_config.num_beams or 1) > 1  # reordering copies everything anyway
+        if given is None and type(cache) is DynamicCache and not cache.offloading and not beams:
             cache.layers = [RoomyLayer(max_cache_length) for _ in cache.layers]
 
 
@@ -882,7 +942,7 @@ def _check_objective(model, config: ImageGPTConfig, objective: str):
 
 def pixel_nats(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """−log p of each pixel: (B, N, K) logits, (B, N) tokens -> (B, N)."""
-    return nn.functional.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
+    return nn.functional.cross_entropy(_precise(logits).transpose(1, 2), tokens, reduction="none")
 
 
 def masked_nats(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.BoolTensor) -> torch.Tensor:
@@ -899,7 +959,7 @@ def _mean(values: torch.Tensor, count=None) -> torch.Tensor:
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
     """Cross-entropy in nats of (n, K) logits against (n,) labels, per scored label or per `num_items_in_batch`."""
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction=reduction)
+    loss = nn.functional.cross_entropy(_precise(logits), labels, ignore_index=IGNORE_INDEX, reduction=reduction)
     if num_items_in_batch is not None:
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(loss.device)

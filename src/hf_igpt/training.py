@@ -7,6 +7,7 @@ the clock, milestones, a picture at each evaluation.
 import argparse
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -472,7 +473,8 @@ class ImageGPTTrainer(Trainer):
         if not self.saves_shards:
             return super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self.args.output_dir)
-        if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) is not None
+        if not (is_checkpoint and folder.parent == Path(self.args.output_dir)):
             self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
         elif self.args.should_save:
             self.model.config.save_pretrained(folder)
