@@ -125,9 +125,9 @@ def test_memory_is_what_a_real_run_takes(pixels, images, bf16, checkpointing):
 def test_activations_of_a_block(objective):
     """Counted by hand, float32: two residual streams, queries, keys and values, attention's output, the MLP's inner 4 D."""
     few, many = (small_config(objective=objective, n_layer=n_layer) for n_layer in (2, 5))
-    found = step_memory(many, 16).activations - step_memory(few, 16).activations
+    found = step_memory(many, 128).activations - step_memory(few, 128).activations
     row = 2 * many.n_embd + 3 * many.n_embd + many.n_embd + 4 * many.n_embd
-    assert found == 3 * 4 * 16 * 64 * (row + many.n_head)  # and one number of softmax for each head
+    assert found == 3 * 4 * 128 * 64 * (row + many.n_head)  # and one number of softmax for each head
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -208,7 +208,10 @@ def test_bfloat16_shards_train(place, one):
     """In a folder whose name begins as those of checkpoints do, which hold no whole model."""
     assert AutoModelForCausalLM.from_pretrained(place / "checkpoints of bf16").generate().shape == (1, 65)
     assert losses(place / "checkpoints of bf16") == pytest.approx(losses(one)[:2], rel=1e-2)
-    assert json.loads((place / "checkpoints of bf16" / "run.json").read_text())["recipe"]["precision"] == "bfloat16 autocast"
+    assert (
+        json.loads((place / "checkpoints of bf16" / "run.json").read_text())["recipe"]["precision"]
+        == "bfloat16 autocast"
+    )
 
 
 def test_gradient_checkpointing_changes_nothing(place, one):
