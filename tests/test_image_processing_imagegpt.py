@@ -333,7 +333,7 @@ def test_use_leaves_no_trace(palette):
     assert pickle.dumps(processor) == before  # what caches of `datasets` are keyed by
 
 
-def test_mixed_kinds_and_shapes_of_as_many_pixels_are_one_array(palette):
+def test_mixed_kinds_and_shapes_of_as_many_pixels(palette):
     assert Processor(clusters=palette, size=4)([PHOTO, np.asarray(PHOTO)])["input_ids"].shape == (2, 16)
     upright = [PIXELS[:6, :10], PIXELS[:10, :6]]
     assert Processor(clusters=palette, do_resize=False)(upright)["input_ids"].shape == (2, 60)

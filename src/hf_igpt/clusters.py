@@ -66,15 +66,19 @@ def nearest_color(pixels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
         raise ValueError(f"Pixels have 3 channels in the last dimension; found shape {pixels.shape}.")
     if pixels.dtype != np.uint8:
         return _nearest_by_distance(pixels.reshape(-1, 3).astype(np.float64), clusters).reshape(pixels.shape[:-1])
-    table = lookup_table(clusters)
     codes = np.zeros((*pixels.shape[:-1], 4), np.uint8)
     for channel in range(3):
         codes[..., 2 - channel] = pixels[..., channel]
-    codes = codes.view("<u4").reshape(-1)  # R << 16 | G << 8 | B
+    return nearest_color_of_codes(codes.view("<u4").reshape(-1), clusters).reshape(pixels.shape[:-1])
+
+
+def nearest_color_of_codes(codes: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """As `nearest_color`, of 8-bit colours written as one number each, R << 16 | G << 8 | B: (n,) uint32 -> int64 (n,)."""
+    table = lookup_table(clusters)
     tokens = np.empty(len(codes), np.int64)
     for start in range(0, len(codes), _LOOKUP):
         tokens[start : start + _LOOKUP] = table.take(codes[start : start + _LOOKUP])
-    return tokens.reshape(pixels.shape[:-1])
+    return tokens
 
 
 def lookup_table(clusters: np.ndarray) -> np.ndarray:

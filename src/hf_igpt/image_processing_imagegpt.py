@@ -20,7 +20,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .clusters import check_palette, colors_of, nearest_color
+from .clusters import check_palette, colors_of, nearest_color, nearest_color_of_codes
 from .presets import IMAGE_SIZE
 
 
@@ -362,12 +362,16 @@ def _tokens(pixels: list, palette: np.ndarray):
     if len(shapes) > 1:
         rows = [nearest_color(np.asarray(image), palette).reshape(-1) for image in pixels]
         return np.stack(rows) if len({len(row) for row in rows}) == 1 else rows
-    pixels = _one_array(pixels) if all(is_pil_image(image) for image in pixels) else np.stack(pixels)
-    return nearest_color(pixels, palette).reshape(len(pixels), -1)
+    if all(is_pil_image(image) for image in pixels):
+        return nearest_color_of_codes(_codes(pixels), palette).reshape(len(pixels), -1)
+    return nearest_color(np.stack(pixels), palette).reshape(len(pixels), -1)
 
 
-def _one_array(images: list) -> np.ndarray:
-    """PIL images (mode RGB) of one size -> uint8 (B, H, W, 3), by way of one tall image: numpy is slow to open many."""
+def _codes(images: list) -> np.ndarray:
+    """PIL images (mode RGB) of one size -> their colours as numbers R << 16 | G << 8 | B, uint32 (B·H·W,).
+
+    By way of one tall image: numpy is slow to open many.
+    """
     from PIL import Image
 
     width, height = images[0].size
@@ -376,7 +380,7 @@ def _one_array(images: list) -> np.ndarray:
         column = Image.new("RGB", (width, height * len(images)))
         for row, image in enumerate(images):
             column.paste(image, (0, row * height, width, (row + 1) * height))
-    return np.asarray(column).reshape(len(images), height, width, 3)
+    return np.frombuffer(column.tobytes("raw", "BGRX"), "<u4")
 
 
 def _pixels(image, input_data_format=None) -> np.ndarray:
