@@ -3,6 +3,7 @@
 Run for the backend that is installed; tests/test_torchvision_backend.py runs it again for torchvision's.
 """
 
+import io
 import pickle
 
 import numpy as np
@@ -242,6 +243,10 @@ def test_bad_palettes(clusters, message):
     [
         (np.zeros((0, 3, 3), np.uint8), "Image 0 is empty"),
         ([], "No images"),
+        ([[]], "No images"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "No images"),
+        (None, "found NoneType"),
+        (PIXELS.tolist(), "^.{1,300}$"),  # not all of the pixels
         (np.full((5, 5, 3), 300), "0..255"),
         (np.zeros((5, 5, 2), np.uint8), "channels"),
         ("/no/such/image.png", "/no/such/image.png"),
@@ -250,6 +255,20 @@ def test_bad_palettes(clusters, message):
 def test_bad_images(image, message, palette):
     with pytest.raises(ValueError, match=message):
         Processor(clusters=palette, size=8)(image)
+
+
+def test_bad_calls(palette):
+    small = PHOTO.resize((8, 8))
+    for resample in (99, -1):  # also where nothing is resized
+        with pytest.raises(ValueError, match="resampling filter"):
+            Processor(clusters=palette, size=8, resample=resample)(small)
+    with pytest.raises(TypeError):
+        Processor(clusters=palette, size=8)(small, "pt")
+    buffer = io.BytesIO()
+    PHOTO.save(buffer, "PNG")
+    broken = Image.open(io.BytesIO(buffer.getvalue()[:-40]))
+    with pytest.raises(ValueError, match="Image 1 cannot be read"):
+        Processor(clusters=palette, size=8)([small, broken])
 
 
 def test_bad_tokens(palette):
@@ -337,3 +356,13 @@ def test_mixed_kinds_and_shapes_of_as_many_pixels(palette):
     assert Processor(clusters=palette, size=4)([PHOTO, np.asarray(PHOTO)])["input_ids"].shape == (2, 16)
     upright = [PIXELS[:6, :10], PIXELS[:10, :6]]
     assert Processor(clusters=palette, do_resize=False)(upright)["input_ids"].shape == (2, 60)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_rescale": False}, {"do_normalize": False}, {"do_resize": False}])
+def test_images_of_levels_and_of_floats_in_one_batch(palette, options):
+    levels = PIXELS[:8, :8]
+    floats = levels / (1 if options.get("do_resize") is False else 255)
+    batch = [Image.fromarray(levels), floats.astype(np.float32), levels]
+    processor = Processor(clusters=palette, size=8, **options)
+    for image, tokens in zip(batch, processor(batch)["input_ids"], strict=True):
+        assert np.array_equal(tokens, processor(image)["input_ids"][0])

@@ -255,12 +255,40 @@ def test_throughput_from_records(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("value", "unit", "settings"),
+    [
+        (0.0, "images/s", {}),
+        (-5.0, "images/s", {}),
+        (float("nan"), "images/s", {}),
+        ("100", "images/s", {}),
+        (400.0, "s", {}),
+        (400.0, "images/s", {"devices": 0}),
+        (400.0, "images/s", {"devices": "2"}),
+        (400.0, "images/s", {"gradient checkpointing": "false"}),
+    ],
+)
+def test_records_that_say_nothing(tmp_path, value, unit, settings):
+    settings = {"size": "tiny", "image size": 8} | settings
+    record = Record(
+        "images_per_second", value, unit, "training", 1, None, "Image GPT tiny", "digits", settings=settings
+    )
+    write_records(tmp_path / "records.json", [record])
+    with pytest.raises(ValueError, match="cannot be planned with: images_per_second is a positive number of images/s"):
+        options(arguments(records=str(tmp_path / "records.json")))
+    (tmp_path / "records.json").write_text('[{"metric": "images_per_second"}]')
+    with pytest.raises(ValueError, match="does not hold records"):
+        options(arguments(records=str(tmp_path / "records.json")))
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"size": ["huge"]}, "No preset 'huge': the sizes are tiny"),
-        ({"devices": 0}, "--devices is a whole number of at least 1; found 0"),
+        ({"devices": 0}, "--devices is a whole number from 1 to 1e.15; found 0"),
         ({"images": 1.5}, "--images is a whole number"),
-        ({"memory_gib": -1.0}, "--memory_gib is positive; found -1"),
+        ({"images": float("inf")}, "--images is a whole number"),
+        ({"num_colors": 70000}, "--num_colors is at most 65535"),
+        ({"memory_gib": -1.0}, "--memory_gib is positive, at most 1e.15; found -1"),
         ({"tflops": float("nan")}, "--tflops is positive"),
         ({"usable": 1.5}, "--usable is a fraction"),
         ({"epochs": 1.0}, "give one of them"),

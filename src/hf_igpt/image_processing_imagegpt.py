@@ -26,6 +26,7 @@ from .presets import IMAGE_SIZE
 
 IGNORE_INDEX = -100  # marks a missing pixel in what `decode` is given, as it marks an unscored one in labels
 _MISSING_GREY = 128
+_FILTERS = frozenset(PILImageResampling)
 
 
 class ImageGPTImageProcessorKwargs(ImagesKwargs, total=False):
@@ -75,7 +76,12 @@ class _ColorQuantization:
         ):
             return image_url_or_urls  # images already; whether they are is seen later
         if not isinstance(image_url_or_urls, str):
-            return super().fetch_images(image_url_or_urls)
+            try:
+                return super().fetch_images(image_url_or_urls)
+            except TypeError as error:
+                raise ValueError(
+                    f"Images are PIL images, arrays, paths or URLs, or lists of these; found {type(image_url_or_urls).__name__}."
+                ) from error
         from PIL import Image, ImageOps
 
         try:
@@ -98,7 +104,14 @@ class _ColorQuantization:
         ):
             return batch  # the frequent kinds, that leave no question
         batch = [image[None] if getattr(image, "ndim", None) == 2 else image for image in batch]  # (1, H, W): grey
-        images = super()._prepare_images_structure(batch if len(batch) > 1 else batch[0], expected_ndims=expected_ndims)
+        try:
+            images = super()._prepare_images_structure(
+                batch if len(batch) > 1 else batch[0], expected_ndims=expected_ndims
+            )
+        except ValueError as error:  # it may print all pixels
+            raise ValueError(str(error)[:300]) from error
+        if len(images) == 0:
+            raise ValueError("No images: what was given holds none.")
         for index, image in enumerate(images):
             shape = image.size if is_pil_image(image) else image.shape
             if 0 in shape:
@@ -301,7 +314,7 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
 
     def _preprocess_image_like_inputs(self, images, *args, **kwargs) -> BatchFeature:
         """As transformers', but images of 8 bits stay PIL images or uint8 until they are tokens: no copies in between."""
-        if not self._keeps_eight_bits(**kwargs):
+        if args or not self._keeps_eight_bits(**kwargs):
             return super()._preprocess_image_like_inputs(images, *args, **kwargs)
         images = self._prepare_images_structure(images)
         if not all(is_pil_image(image) or image.dtype in (np.uint8, torch.uint8) for image in images):
@@ -311,11 +324,14 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
         whole = size is not None and size[1] not in (1, 3, 4) and (size[0] == size[1] or not square)
         shape = (size[1], size[0], 3) if whole else None  # of an array that needs nothing, whose layout is plain
         pixels = []
-        for image in images:
+        for index, image in enumerate(images):
             if layout is None and type(image) is np.ndarray and image.shape == shape:
                 pixels.append(image)
                 continue
-            image = _rgb(_eight_bit(image)) if is_pil_image(image) else _pixels(image, layout)
+            try:
+                image = _rgb(_eight_bit(image)) if is_pil_image(image) else _pixels(image, layout)
+            except OSError as error:  # of a file that is read only now
+                raise ValueError(f"Image {index} cannot be read: {error}") from error
             pixels.append(_resized(image, size, resample, square))
         tokens = _tokens(pixels, np.asarray(kwargs["clusters"], dtype=np.float64))
         return BatchFeature({"input_ids": tokens}, tensor_type=kwargs["return_tensors"])
@@ -339,7 +355,7 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
         """Whether PIL alone, at most cropping a square and resizing, makes of an image what is quantised."""
         return bool(
             (do_color_quantize and do_convert_rgb)
-            and (not do_resize or (size.height and size.width and isinstance(resample, int)))
+            and (not do_resize or (size.height and size.width and resample in _FILTERS))
             and (not do_center_crop or crop_size is None or crop_size == size)
             and _is_unit_range(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         )
@@ -357,9 +373,15 @@ def _is_unit_range(do_rescale, rescale_factor, do_normalize, image_mean, image_s
 
 
 def _tokens(pixels: list, palette: np.ndarray):
-    """Tokens of images, each PIL or an array (H, W, 3): (B, N) int64, or where their N differ a list of (N,)."""
-    shapes = {(*image.size[::-1], 3) if is_pil_image(image) else image.shape for image in pixels}
-    if len(shapes) > 1:
+    """Tokens of images, each PIL or an array (H, W, 3): (B, N) int64, or where their N differ a list of (N,).
+
+    Arrays are of grey levels if uint8, else on the palette's scale, also beside each other.
+    """
+    kinds = {
+        ((*image.size[::-1], 3), np.dtype(np.uint8)) if is_pil_image(image) else (image.shape, image.dtype)
+        for image in pixels
+    }
+    if len(kinds) > 1:
         rows = [nearest_color(np.asarray(image), palette).reshape(-1) for image in pixels]
         return np.stack(rows) if len({len(row) for row in rows}) == 1 else rows
     if all(is_pil_image(image) for image in pixels):

@@ -20,12 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import evaluation
+from .clusters import MAX_COLORS
 from .configuration_imagegpt import ImageGPTConfig
 from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
 from .presets import N_COLORS, SIZES
 
 
 GIB = 2**30
+_MOST = 1e15  # of anything that is counted
 USABLE = 0.9  # ours, of a device's memory: its context, libraries' workspaces and fragmentation take the rest
 _MODELS = {"causal": ImageGPTForCausalImageModeling, "masked": ImageGPTForMaskedImageModeling}
 
@@ -277,12 +279,14 @@ class PlanArguments:
         )
         for name in counts:
             value = getattr(self, name)
-            if value is not None and not (value >= 1 and value == int(value)):
-                raise ValueError(f"--{name} is a whole number of at least 1; found {value:g}.")
+            if value is not None and not (1 <= value <= _MOST and value == int(value)):
+                raise ValueError(f"--{name} is a whole number from 1 to {_MOST:g}; found {value:g}.")
         for name in ("epochs", "memory_gib", "tflops", "peak_tflops", "cost_per_device_hour"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{name} is positive; found {value:g}.")
+            if value is not None and not 0 < value <= _MOST:
+                raise ValueError(f"--{name} is positive, at most {_MOST:g}; found {value:g}.")
+        if self.num_colors > MAX_COLORS:
+            raise ValueError(f"--num_colors is at most {MAX_COLORS}; found {self.num_colors}.")
         for name in ("usable", "utilization"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
@@ -533,16 +537,33 @@ def _recorded(args: PlanArguments, size: str) -> tuple[float, str]:
     `training_flops`, of any model.
     """
     config, precision = _config(args, size), "bfloat16 autocast" if args.bf16 else "float32"
+    try:
+        records = evaluation.read_records(args.records)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{args.records} does not hold records: {error}") from error
     rates = []
-    for record in evaluation.read_records(args.records):
+    for record in records:
         settings = record.settings
         model = (settings.get("size"), settings.get("image size"), settings.get("objective", "causal"))
-        if settings.get("precision", precision) != precision:
+        wanted = (size, math.isqrt(config.n_positions), config.objective)
+        speed = record.metric == "tflops_per_second" or (record.metric == "images_per_second" and model == wanted)
+        if not speed or settings.get("precision", precision) != precision:
             continue
-        recomputed = executed_flops(config, 1, settings.get("gradient checkpointing", False))
-        if record.metric == "images_per_second" and model == (size, math.isqrt(config.n_positions), config.objective):
-            rates.append((record.value / settings.get("devices", 1) * recomputed, record))
-        elif record.metric == "tflops_per_second":
+        devices, checkpointing = settings.get("devices", 1), settings.get("gradient checkpointing", False)
+        unit = {"images_per_second": "images/s", "tflops_per_second": "TFLOP/s"}[record.metric]
+        number = isinstance(record.value, (int, float)) and 0 < record.value <= _MOST
+        if not (
+            number and record.unit == unit and type(devices) is int and devices >= 1 and type(checkpointing) is bool
+        ):
+            raise ValueError(
+                f"A record of {args.records} cannot be planned with: {record.metric} is a positive number of {unit}, devices a "
+                f'number from 1 on, "gradient checkpointing" true or false; found {record.value!r} {record.unit}, {devices!r}, '
+                f"{checkpointing!r}."
+            )
+        recomputed = executed_flops(config, 1, checkpointing)
+        if record.metric == "images_per_second":
+            rates.append((record.value / devices * recomputed, record))
+        else:
             rates.append((record.value * 1e12 * recomputed / training_flops(config), record))
     if not rates:
         raise ValueError(
