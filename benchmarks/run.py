@@ -10,6 +10,7 @@ cannot be left out: matrix products, PIL's resize, the decoding of files. Peak m
 
 import gc
 import io
+import itertools
 import math
 import multiprocessing
 import os
@@ -47,6 +48,7 @@ OURS, THEIRS, LIMIT = "hf_igpt", "transformers", "limit"
 SUITES = ("train", "generate", "features", "tokenize")
 PEAK_TFLOPS = {"H100": 990, "H200": 990}  # bfloat16, dense, as their data sheets say
 _TURN = 0.1  # seconds
+_POOL = 8  # batches of images that are tokenised one after another
 PEAK_BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes a second, likewise
 
 
@@ -148,7 +150,8 @@ class Stage:
 
 
 def table(records: list[Record], summary: bool = False) -> str:
-    """Records as a Markdown table: for each stage, and each of ours in it, times and ratios.
+    """Records as a Markdown table: for each stage, and each of ours in it, times and ratios: against theirs of the same
+    kind where it was run, compiled against compiled, else against theirs as it is.
 
     summary: only stages that transformers has too; of images that become tokens, those given many at once.
     """
@@ -161,10 +164,13 @@ def table(records: list[Record], summary: bool = False) -> str:
         own = [record for record in records if record.settings["stage"] == stage]
         times = {record.model: record.value for record in own if record.metric == "seconds"}
         memory = {record.model: record.value for record in own if record.metric == "peak_memory"}
-        theirs, limit = times.pop(THEIRS, None), times.pop(LIMIT, None)
-        for name, ours in times.items():
-            what = f"{stage}{name.removeprefix(OURS).replace(' ', ', ', 1)}"
-            held = memory.get(name), memory.get(THEIRS)
+        limit = times.get(LIMIT)
+        for name in (name for name in times if name.startswith(OURS)):
+            kind = name.removeprefix(OURS)
+            opponent = THEIRS + kind if THEIRS + kind in times else THEIRS
+            ours, theirs = times[name], times.get(opponent)
+            what = f"{stage}{kind.replace(' ', ', ', 1)}"
+            held = memory.get(name), memory.get(opponent)
             cells = [
                 what,
                 _time(ours),
@@ -282,15 +288,30 @@ def train(args: BenchmarkArguments) -> list[Record]:
 
         return run
 
-    contenders = {THEIRS: step(theirs, their_loss), OURS: step(ours, lambda: ours(labels=tokens).loss)}
-    _same("Losses", contenders[OURS](), contenders[THEIRS]())
-    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        _same(f"Gradients of {name}", one.grad, other.grad)
+    def check(tolerance=1e-4, **contenders):
+        """All contenders' losses and gradients are those of transformers as it is."""
+        expected = plain[THEIRS]()
+        gradients = [parameter.grad.clone() for parameter in theirs.parameters()]
+        for name, run in contenders.items():
+            _same(f"Losses of {name}", run(), expected, tolerance)
+            model = theirs if name.startswith(THEIRS) else ours
+            for (parameter, one), other in zip(model.named_parameters(), gradients, strict=True):
+                _same(f"Gradients of {name}, {parameter},", one.grad, other, tolerance)
+
+    def their_loss_compiled():
+        logits = their_compiled(input_ids=inputs, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+    plain = {THEIRS: step(theirs, their_loss), OURS: step(ours, lambda: ours(labels=tokens).loss)}
+    contenders = dict(plain)
+    check(**{OURS: plain[OURS]})
     if args.compile:
-        compiled = torch.compile(ours, fullgraph=True)
+        compiled, their_compiled = torch.compile(ours, fullgraph=True), torch.compile(theirs)
+        contenders[f"{THEIRS} compiled"] = step(theirs, their_loss_compiled)
         contenders[f"{OURS} compiled"] = step(ours, lambda: compiled(labels=tokens).loss)
         contenders[f"{OURS} compiled bf16"] = step(ours, lambda: compiled(labels=tokens).loss, bf16)
-        _same("Losses", contenders[f"{OURS} compiled"](), contenders[THEIRS]())
+        check(**{name: run for name, run in contenders.items() if name.endswith("compiled")})
+        check(0.05, **{name: run for name, run in contenders.items() if name.endswith("bf16")})
     memory = {name: peak_memory(run) for name, run in contenders.items() if "bf16" not in name}
     contenders[LIMIT] = _causal_products(ours, batch_size, backward=True)
     stage = Stage("training step", batch_size, "random tokens", _shape(args) | {"batch size": batch_size})
@@ -298,9 +319,9 @@ def train(args: BenchmarkArguments) -> list[Record]:
     for model in (ours, theirs):
         model.gradient_checkpointing_enable()
     checkpointing = Stage("training step, gradient checkpointing", batch_size, "random tokens", stage.settings)
-    contenders = {OURS: contenders[OURS], THEIRS: contenders[THEIRS]}
-    memory = {name: peak_memory(run) for name, run in contenders.items()}
-    return records + checkpointing.records(take_turns(contenders, args.repeats), memory)
+    check(**{OURS: plain[OURS]})
+    memory = {name: peak_memory(run) for name, run in plain.items()}
+    return records + checkpointing.records(take_turns(plain, args.repeats), memory)
 
 
 class _Timer(TrainerCallback):
@@ -507,8 +528,8 @@ def photos(count: int, width: int = 224, height: int = 224) -> list[Image.Image]
 
 def tokenize(args: BenchmarkArguments) -> list[Record]:
     """One thread for the processors, as for both; two processes where that is what is timed."""
-    images = photos(args.n_images)
-    pixels = np.concatenate([np.asarray(image).reshape(-1, 3) for image in images])
+    images = photos(_POOL * args.n_images)
+    pixels = np.concatenate([np.asarray(image).reshape(-1, 3) for image in images[: args.n_images]])
     rng = np.random.default_rng(0)
     palette = clusters.to_unit_range(pixels[rng.permutation(len(pixels))[:N_COLORS]]) + rng.uniform(
         -1e-3, 1e-3, (N_COLORS, 3)
@@ -529,27 +550,31 @@ def _processors(args, images, palette):
     small = [image.resize((args.image_size, args.image_size), 2) for image in images]
     square = f"{args.image_size}x{args.image_size}"
     records = []
-    for what, batch, limit in (
+    for what, everything, limit in (
         (f"{square} PIL images", small, None),
         (f"{square} arrays", [np.asarray(image) for image in small], None),
         ("224x224 PIL photos", images, lambda batch: [image.resize((args.image_size,) * 2, 2) for image in batch]),
     ):
-        for count in dict.fromkeys((len(batch), 1)):
-            given = batch[:count]
+        for count in dict.fromkeys((args.n_images, 1)):
+            batches = [everything[start : start + count] for start in range(0, len(everything), count)]
             found, expected = (
-                np.asarray(processor(given, return_tensors="pt")["input_ids"]) for processor in (ours, theirs)
+                np.asarray(processor(batches[0], return_tensors="pt")["input_ids"]) for processor in (ours, theirs)
             )
-            _equally_near(found, expected, palette, given, args.image_size)
-            contenders = {
-                THEIRS: lambda: theirs(given, return_tensors="pt"),  # noqa: B023
-                OURS: lambda: ours(given, return_tensors="pt"),  # noqa: B023
-            }
-            if limit:
-                contenders[LIMIT] = lambda: limit(given)  # noqa: B023
-            seconds = take_turns(contenders, args.repeats)
+            _equally_near(found, expected, palette, batches[0], args.image_size)
+            runs = {THEIRS: partial(theirs, return_tensors="pt")}
+            runs |= {OURS: partial(ours, return_tensors="pt")} | ({LIMIT: limit} if limit else {})
+            seconds = take_turns(
+                {name: _on_one_after_another(run, batches) for name, run in runs.items()}, args.repeats
+            )
             stage = Stage(f"tokens of {what}, {count} at once", count, "smooth shapes", {"batch size": count})
             records += stage.records(seconds)
     return records
+
+
+def _on_one_after_another(run: Callable, batches: list) -> Callable:
+    """Calls of `run`, each on the next batch, round and round: what a table holds for one batch is not at hand for the next."""
+    following = itertools.cycle(batches)
+    return lambda: run(next(following))
 
 
 def _equally_near(found, expected, palette, images, image_size):

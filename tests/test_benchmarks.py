@@ -85,11 +85,32 @@ def test_what_is_not_the_same_is_not_timed(monkeypatch):
             suite(small(max_tokens=8))
 
 
+def test_what_is_not_the_same_with_checkpointing_is_not_timed(monkeypatch):
+    enable = benchmarks.ImageGPTForCausalImageModeling.gradient_checkpointing_enable
+
+    def broken(self, *args, **kwargs):
+        enable(self, *args, **kwargs)
+        self.transformer.h = torch.nn.ModuleList(self.transformer.h[:1])
+
+    monkeypatch.setattr(benchmarks.ImageGPTForCausalImageModeling, "gradient_checkpointing_enable", broken)
+    with pytest.raises(ValueError, match="would mean nothing"):
+        benchmarks.train(small())
+
+
+def test_batches_are_tokenised_one_after_another():
+    seen = []
+    run = benchmarks._on_one_after_another(seen.append, [1, 2])
+    for _ in range(3):
+        run()
+    assert seen == [1, 2, 1]
+
+
 def test_table_of_ratios():
     def record(value, model, metric="seconds"):
         return Record(metric, value, "s", "made here", 1, 0, model, "x", settings={"stage": "a stage"})
 
     records = [record(0.03, "transformers"), record(0.01, "hf_igpt"), record(0.005, "hf_igpt compiled")]
+    records += [record(0.02, "transformers compiled"), record(0.002, "hf_igpt compiled bf16")]
     records += [
         record(0.004, "limit"),
         record(100, "transformers", "peak_memory"),
@@ -97,7 +118,8 @@ def test_table_of_ratios():
     ]
     assert benchmarks.table(records).splitlines()[2:] == [
         "| a stage | 10 ms | 30 ms | 3.00 | 0.40 | 0.25 |",
-        "| a stage, compiled | 5 ms | 30 ms | 6.00 | 0.80 |  |",
+        "| a stage, compiled | 5 ms | 20 ms | 4.00 | 0.80 |  |",  # against theirs compiled
+        "| a stage, compiled bf16 | 2 ms | 30 ms | 15 | 2.00 |  |",
     ]
 
 
