@@ -267,7 +267,7 @@ def test_bad_calls(palette):
     buffer = io.BytesIO()
     PHOTO.save(buffer, "PNG")
     broken = Image.open(io.BytesIO(buffer.getvalue()[:-40]))
-    with pytest.raises(ValueError, match="Image 1 cannot be read"):
+    with pytest.raises(ValueError, match="cannot be read: image file is truncated"):
         Processor(clusters=palette, size=8)([small, broken])
 
 

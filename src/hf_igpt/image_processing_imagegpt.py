@@ -155,6 +155,11 @@ class _ColorQuantization:
         super()._validate_preprocess_kwargs(
             do_center_crop=do_center_crop and crop_size is not None, crop_size=crop_size, **kwargs
         )
+        resample = kwargs.get("resample")
+        if isinstance(resample, int) and resample not in _FILTERS:
+            raise ValueError(
+                f"resample is one of {[*PILImageResampling]}, a resampling filter of PIL; found {resample}."
+            )
         if kwargs.get("do_color_quantize") and kwargs.get("clusters") is None:
             raise ValueError(
                 "This image processor has no palette. Pass `clusters`, an array (K, 3) of RGB colours in [-1, 1]; "
@@ -199,6 +204,8 @@ class _ColorQuantization:
             if do_rescale:
                 image = self.rescale(image, rescale_factor)
             if do_normalize:
+                if torch.is_tensor(image) and not image.is_floating_point():
+                    image = image.float()  # torchvision normalises no integers
                 image = self.normalize(image, image_mean, image_std)
             return image
 
@@ -324,14 +331,11 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
         whole = size is not None and size[1] not in (1, 3, 4) and (size[0] == size[1] or not square)
         shape = (size[1], size[0], 3) if whole else None  # of an array that needs nothing, whose layout is plain
         pixels = []
-        for index, image in enumerate(images):
+        for image in images:
             if layout is None and type(image) is np.ndarray and image.shape == shape:
                 pixels.append(image)
                 continue
-            try:
-                image = _rgb(_eight_bit(image)) if is_pil_image(image) else _pixels(image, layout)
-            except OSError as error:  # of a file that is read only now
-                raise ValueError(f"Image {index} cannot be read: {error}") from error
+            image = _rgb(_eight_bit(image)) if is_pil_image(image) else _pixels(image, layout)
             pixels.append(_resized(image, size, resample, square))
         tokens = _tokens(pixels, np.asarray(kwargs["clusters"], dtype=np.float64))
         return BatchFeature({"input_ids": tokens}, tensor_type=kwargs["return_tensors"])
@@ -462,8 +466,11 @@ def _rgb(image):
     """A PIL image -> mode RGB, transparency composited onto white."""
     from PIL import Image
 
+    try:
+        image.load()
+    except OSError as error:  # of a file that is read only now
+        raise ValueError(f"The image {getattr(image, 'filename', '')} cannot be read: {error}") from error
     if image.mode == "RGB" and "transparency" not in image.info:
-        image.load()  # errors of lazily read files come here
         return image
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
