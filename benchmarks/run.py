@@ -73,8 +73,9 @@ class BenchmarkArguments:
     max_tokens: int | None = field(default=None, metadata={"help": "Pixels drawn of each image. Default: all."})
 
     def __post_init__(self):
-        if self.repeats < 1:
-            raise ValueError(f"--repeats is at least 1; found {self.repeats}.")
+        for name in ("repeats", "n_layer", "n_embd", "n_head", "image_size", "n_images", "n_files", "n_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is at least 1; found {getattr(self, name)}.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this machine has no GPU that torch can use; leave it out.")
 

@@ -149,6 +149,8 @@ def test_memory_is_the_peak_not_what_is_left():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="repeats is at least 1"):
         benchmarks.BenchmarkArguments(repeats=0)
+    with pytest.raises(ValueError, match="n_images is at least 1"):
+        benchmarks.BenchmarkArguments(n_images=0)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no GPU"):
             benchmarks.BenchmarkArguments(device="cuda")
