@@ -31,7 +31,7 @@ from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_sample_images
 from torch.profiler import ProfilerActivity, profile
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.imagegpt import ImageGPTImageProcessorPil as TheirProcessor
 from transformers.models.imagegpt import configuration_imagegpt as their_configuration
 from transformers.models.imagegpt import modeling_imagegpt as their_modeling
@@ -41,7 +41,7 @@ from hf_igpt.evaluation import Record, read_records, write_records
 from hf_igpt.features import features_of_tokens
 from hf_igpt.planning import training_flops
 from hf_igpt.presets import N_COLORS
-from hf_igpt.training import ImageGPTTrainer
+from hf_igpt.training import ImageGPTTrainer, run_script
 
 
 OURS, THEIRS, LIMIT = "hf_igpt", "transformers", "limit"
@@ -517,13 +517,17 @@ def features(args: BenchmarkArguments) -> list[Record]:
 
 
 def photos(count: int, width: int = 224, height: int = 224) -> list[Image.Image]:
-    """Smooth coloured shapes with some noise: compressible as photos are, and different from one another."""
+    """Windows of two photographs that scikit-learn brings along, each in colours of its own, so that no two are alike."""
     rng = np.random.default_rng(0)
+    sources = [Image.fromarray(image) for image in load_sample_images().images]
     made = []
     for _ in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), 3)
-        noise = rng.normal(0, 4, (height, width, 1))
-        made.append(Image.fromarray(np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8)))
+        source = sources[rng.integers(len(sources))]
+        scale = rng.uniform(0.5, 1) * min(source.width / width, source.height / height)
+        left, top = rng.uniform(0, (source.width - scale * width, source.height - scale * height))
+        window = source.resize((width, height), 3, box=(left, top, left + scale * width, top + scale * height))
+        colors = np.asarray(window) * rng.uniform(0.6, 1.2, 3)
+        made.append(Image.fromarray(np.clip(colors, 0, 255).astype(np.uint8)))
     return made
 
 
@@ -567,7 +571,7 @@ def _processors(args, images, palette):
             seconds = take_turns(
                 {name: _on_one_after_another(run, batches) for name, run in runs.items()}, args.repeats
             )
-            stage = Stage(f"tokens of {what}, {count} at once", count, "smooth shapes", {"batch size": count})
+            stage = Stage(f"tokens of {what}, {count} at once", count, "windows of photographs", {"batch size": count})
             records += stage.records(seconds)
     return records
 
@@ -673,12 +677,13 @@ def _tokenize_photos(palette, image_size: int, barrier, seconds):
 def _folder(args, palette):
     """A folder of JPEG files to a cache of tokens with two processes, against decoding and resizing alone."""
     processor = data.InstalledProcessor(clusters=palette, size=args.image_size)
+    clusters.lookup_table(palette)  # a stage of its own
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         encoded = []
         for image in photos(min(50, args.n_files), 500, 375):
             buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=90)
+            image.save(buffer, "JPEG", quality=95)
             encoded.append(buffer.getvalue())
         paths = [f"{folder}/images/{index:06}.jpg" for index in range(args.n_files)]
         Path(folder, "images").mkdir()
@@ -696,14 +701,14 @@ def _folder(args, palette):
             pool.starmap(_decode, [(paths[:1], args.image_size)] * 2)  # imports
             parts = [(paths[start::2], args.image_size) for start in range(2)]
             seconds = {OURS: [], LIMIT: []}
-            for repeat in range(max(1, args.repeats // 2)):
+            for repeat in range(args.repeats):
                 seconds[LIMIT].append(_seconds(lambda: pool.starmap(_decode, parts, chunksize=1)))
                 seconds[OURS].append(tokens(repeat))
     records = Stage(
         "folder of JPEGs to tokens, 2 processes", args.n_files, "500x375 JPEGs", {"files": args.n_files}
     ).records(seconds)
     alone, together = (_throughput(context, count, palette, args.image_size) for count in (1, 2))
-    stage = Stage("photos tokenised by 2 processes, against 1", 64, "smooth shapes", {})
+    stage = Stage("photos tokenised by 2 processes, against 1", 64, "windows of photographs", {})
     return records + stage.records({OURS: [1 / together], LIMIT: [1 / (2 * alone)]})
 
 
@@ -724,25 +729,26 @@ def _throughput(context, n_processes: int, palette, image_size: int) -> float:
 
 
 def run(args: BenchmarkArguments) -> list[Record]:
-    """Run the suites and print their table; with `--output`, write records, keeping those of stages that were not run."""
+    """Run the suites and print their table; with `--output`, write records after each, keeping those of other stages."""
     transformers.logging.set_verbosity_error()
+    path = None if args.output is None else Path(args.output)
+    before = read_records(path) if path is not None and path.exists() else []
+    if path is not None:
+        write_records(path, before)  # a place that cannot be written to is said now
     suites = {"train": train, "generate": generate, "features": features, "tokenize": tokenize}
-    records = [record for name in SUITES if args.suite in (name, "all") for record in suites[name](args)]
+    records = []
+    for name in SUITES:
+        if args.suite in (name, "all"):
+            records += suites[name](args)
+            if path is not None:
+                run_now = {record.settings["stage"] for record in records}
+                write_records(path, [one for one in before if one.settings["stage"] not in run_now] + records)
     print("\n" + table(records))
-    if args.output:
-        path = Path(args.output)
-        run_now = {record.settings["stage"] for record in records}
-        kept = (
-            [record for record in read_records(path) if record.settings["stage"] not in run_now]
-            if path.exists()
-            else []
-        )
-        write_records(path, kept + records)
+    if path is not None:
         print(f"\nWrote {path}")
     return records
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    (arguments,) = HfArgumentParser(BenchmarkArguments, description=__doc__).parse_args_into_dataclasses()
-    run(arguments)
+    run_script(run, BenchmarkArguments, description=__doc__)

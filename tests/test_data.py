@@ -182,6 +182,28 @@ def test_tokens_are_cached_on_disk(folder, processor, palette, monkeypatch):
             tokenize(load_images(arguments)["train"], ImageGPTImageProcessorPil(**(options | other)))
 
 
+@pytest.mark.parametrize("held", [1, 250, 10**6])
+def test_photos_are_held_in_portions(folder, processor, monkeypatch, held):
+    """As many as have so many pixels, 12x10 each: one, three, all. Tokens, pixels and reasons are the same."""
+    broken = sorted(folder.rglob("*.png"))[4]
+    broken.write_bytes(b"no image")
+    images = load_images(DataArguments(train_dir=str(folder), train_val_split=0.1))["train"]
+    expected = token_array(tokenize(images, processor, "skip"))
+    pixels = sample_pixels(images, 500, 8, on_bad_image="skip")
+    sizes, call = [], ImageGPTImageProcessorPil.__call__
+    monkeypatch.setattr(data, "_HELD", held)
+    monkeypatch.setattr(data, "_CACHE_VERSION", f"held {held}")
+    monkeypatch.setattr(
+        ImageGPTImageProcessorPil,
+        "__call__",
+        lambda self, images, **options: sizes.append(len(images)) or call(self, images, **options),
+    )
+    assert np.array_equal(token_array(tokenize(images, processor, "skip")), expected)
+    assert sum(sizes) == len(expected) and (max(sizes) > 3 if held > 250 else max(sizes) == -(-held // 120))
+    assert np.array_equal(sample_pixels(images, 500, 8, on_bad_image="skip"), pixels)
+    assert len(readable(images)) == len(expected)
+
+
 @pytest.mark.parametrize("kind", ["folder", "paths"])
 def test_changed_images_are_tokenised_anew(folder, processor, tmp_path, kind):
     files = sorted(str(path) for path in folder.rglob("*.png"))

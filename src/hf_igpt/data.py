@@ -17,9 +17,11 @@ import PIL
 import torch
 import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pyarrow.compute import struct_field
 from tqdm.auto import tqdm
 from transformers.utils import is_torchvision_available
 
+from .clusters import lookup_table
 from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil, to_rgb_image
 from .presets import (
     CROP_SHORTER_SIDE,
@@ -43,7 +45,8 @@ MASK = "bool_masked_pos"
 _VALIDATION = ("validation", "valid", "val")  # names of such splits
 _CACHE_VERSION = 1  # raise it when the same image and processor give other tokens
 _SHUFFLE_BUFFER = 10_000  # images, when streaming, of all processes together
-_BATCH = 32  # photos decoded and held at once
+_BATCH = 32  # images tokenised between two writes to the cache
+_HELD = 1_000_000  # pixels of decoded photos held at once
 _STREAM_HELD_OUT = 1000  # images kept for evaluation from a stream without a validation split
 _STREAM_PALETTE = 10_000  # images of a stream that a palette is fitted on
 
@@ -420,12 +423,14 @@ def read_image(cell) -> Image.Image:
         raise ValueError(f"{cell.get('path') or 'no path'}: {reason or f'{type(error).__name__}: {error}'}") from error
 
 
-def _read_batch(cells, indices, on_bad_image: str, then=lambda image, index: image):
-    """`then(image, index)` of the readable cells, and for every cell the reason it is not readable, or "".
+def _read_images(cells, indices, on_bad_image: str, then=lambda image, index: image):
+    """Portions `(images, reasons)` of cells: `then(image, index)` of the readable ones, and for every cell the reason it is
+    not readable, or "".
 
-    `then` is where large photos become small before the next is read.
+    A portion ends when its photos, as they were read, have `_HELD` pixels: many small images are held at once, large
+    ones one by one.
     """
-    images, reasons = [], []
+    images, reasons, n_pixels = [], [], 0
     for cell, index in zip(cells, indices, strict=True):
         try:
             image = read_image(cell)
@@ -435,10 +440,27 @@ def _read_batch(cells, indices, on_bad_image: str, then=lambda image, index: ima
                     f"Image {index} cannot be read ({error}). Remove it, or pass --on_bad_image skip."
                 ) from error
             reasons.append(f"image {index}: {error}")
-        else:
-            images.append(then(image, index))
-            reasons.append("")
-    return images, reasons
+            continue
+        n_pixels += image.width * image.height
+        images.append(then(image, index))
+        reasons.append("")
+        if n_pixels >= _HELD:
+            yield images, reasons
+            images, reasons, n_pixels = [], [], 0
+    if reasons:
+        yield images, reasons
+
+
+def _tokens_of_cells(processor, *cells_and_options, **options):
+    """Tokens of the readable cells, a list of (N,) int64, and for every cell the reason it is not readable, or "".
+
+    Further arguments are those of `_read_images`.
+    """
+    tokens, all_reasons = [], []
+    for images, reasons in _read_images(*cells_and_options, **options):
+        tokens += list(processor(images)[TOKENS]) if images else []
+        all_reasons += reasons
+    return tokens, all_reasons
 
 
 def read_processor(name: str, **source):
@@ -477,14 +499,14 @@ def sample_pixels(
     sampled, bad = [], []
     for start in tqdm(range(0, len(dataset), _BATCH), desc="Sampling pixels", unit="batch", leave=False, disable=None):
         indices = range(start, min(start + _BATCH, len(dataset)))
-        images, reasons = _read_batch(dataset[start : indices.stop][IMAGE], indices, on_bad_image)
-        bad += filter(None, reasons)
-        if not images:
-            continue
-        resized = resize(images, do_color_quantize=False, do_rescale=False, do_normalize=False)["pixel_values"]
-        for image in resized:
-            pixels = np.asarray(image).reshape(3, -1).T
-            sampled.append(pixels[rng.permutation(len(pixels))[:per_image]])
+        for images, reasons in _read_images(dataset[start : indices.stop][IMAGE], indices, on_bad_image):
+            bad += filter(None, reasons)
+            if not images:
+                continue
+            resized = resize(images, do_color_quantize=False, do_rescale=False, do_normalize=False)["pixel_values"]
+            for image in resized:
+                pixels = np.asarray(image).reshape(3, -1).T
+                sampled.append(pixels[rng.permutation(len(pixels))[:per_image]])
     if bad:
         report_bad_images(bad, len(dataset))
     pixels = np.concatenate(sampled).astype(np.uint8)
@@ -507,14 +529,14 @@ def tokenize(dataset: datasets.Dataset, processor, on_bad_image: str = "error", 
         features[LABEL] = dataset.features[LABEL]
 
     def to_tokens(batch, indices):
-        rows, reasons = _read_batch(
-            batch[IMAGE], indices, on_bad_image, then=lambda image, index: processor(image)[TOKENS][0]
-        )
+        rows, reasons = _tokens_of_cells(processor, batch[IMAGE], indices, on_bad_image)
         tokens = np.zeros((len(reasons), n_tokens), dtype)
         if rows:
             tokens[[not reason for reason in reasons]] = rows
         return {TOKENS: tokens, "bad": reasons}
 
+    if num_proc is not None:
+        lookup_table(processor.clusters)  # before the processes part, which then share it
     dataset = dataset.map(
         to_tokens,
         batched=True,
@@ -547,17 +569,19 @@ def _without_bad(dataset, reasons: list[str]):
     return dataset.select([row for row, reason in enumerate(reasons) if not reason])
 
 
-def _states_of_files(dataset) -> list:
+def _states_of_files(dataset) -> str:
     """Path, size and time of change of the files that cells name, for the key of the cache: their table has not changed."""
     cells = dataset[:1][IMAGE]
     if not cells or not isinstance(cells[0], dict) or cells[0].get("bytes") is not None:
-        return []
+        return ""
     states = []
-    for cell in dataset[IMAGE]:
-        path = (cell or {}).get("path")
-        exists = path is not None and os.path.isfile(path)
-        states.append((path, *((os.path.getsize(path), os.path.getmtime(path)) if exists else ())))
-    return states
+    for path in struct_field(dataset.with_format("arrow")[:][IMAGE], "path").to_pylist():
+        try:
+            state = os.stat(path)
+            states.append(f"{path}\0{state.st_size}\0{state.st_mtime_ns}")
+        except (OSError, TypeError):  # a name within an archive, or none
+            states.append(str(path))
+    return "\n".join(states)  # one string: a list of thousands is slow to hash
 
 
 def report_bad_images(reasons: list[str], n_images: int):
@@ -600,10 +624,9 @@ class ImageTokens(torch.utils.data.Dataset):
 
     def __getitems__(self, indices):
         if self.random_crop:
-            images, _ = _read_batch(
-                self.dataset[indices][IMAGE], indices, "error", then=lambda image, i: random_crop(image, self._rng(i))
-            )
-            tokens = np.asarray(self.processor(images)[TOKENS])
+            cells = self.dataset[indices][IMAGE]
+            crop = lambda image, index: random_crop(image, self._rng(index))  # noqa: E731
+            tokens = np.stack(_tokens_of_cells(self.processor, cells, indices, "error", then=crop)[0])
         else:
             tokens = np.asarray(self.dataset[indices][TOKENS])  # (B, N)
         if self.pad_crop:
@@ -654,8 +677,7 @@ def readable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets
     """`dataset` without the images that cannot be decoded, which are reported. Cached like `tokenize`."""
 
     def check(batch, indices):
-        reasons = _read_batch(batch[IMAGE], indices, "skip")[1]
-        return {"bad": reasons}
+        return {"bad": [reason for _, reasons in _read_images(batch[IMAGE], indices, "skip") for reason in reasons]}
 
     checked = dataset.map(
         check,
@@ -699,12 +721,12 @@ def stream_tokens(
         worker = torch.utils.data.get_worker_info()
         rng = np.random.default_rng((seed, process, worker.id if worker else 0, indices[0]))
         crop = {"then": lambda image, index: random_crop(image, rng)} if args.random_crop else {}
-        images, reasons = _read_batch(batch[IMAGE], indices, args.on_bad_image, **crop)
+        tokens, reasons = _tokens_of_cells(processor, batch[IMAGE], indices, args.on_bad_image, **crop)
         for reason in filter(None, reasons):
             tqdm.write(f"Left out {reason}")
-        if not images:
+        if not tokens:
             return {TOKENS: []} | ({MASK: []} if masked else {})
-        tokens = np.asarray(processor(images)[TOKENS])
+        tokens = np.stack(tokens)
         if args.random_flip:
             tokens = _mirrored(tokens, width, rng.random(len(tokens)) < 0.5)
         masks = {MASK: list(rng.random(tokens.shape) < MASK_PROBABILITY)} if masked else {}

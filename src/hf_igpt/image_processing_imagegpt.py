@@ -390,7 +390,7 @@ def _tokens(pixels: list, palette: np.ndarray):
         return np.stack(rows) if len({len(row) for row in rows}) == 1 else rows
     if all(is_pil_image(image) for image in pixels):
         return nearest_color_of_codes(_codes(pixels), palette).reshape(len(pixels), -1)
-    return nearest_color(np.stack(pixels), palette).reshape(len(pixels), -1)
+    return nearest_color(np.concatenate(pixels), palette).reshape(len(pixels), -1)
 
 
 def _codes(images: list) -> np.ndarray:
