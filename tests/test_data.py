@@ -452,6 +452,9 @@ def test_labels_of_any_kind_become_classes(tmp_path):
     splits = load_labelled_images(DataArguments(train_dir=str(tmp_path)))
     assert splits["train"].features["label"].names == ["3", "7"]
     assert splits["test"]["label"] == [0, 1, 1] and len(splits["train"]) == 22 and len(splits["validation"]) == 2
+    labelled(tmp_path, [-1, 3], "test")  # withheld from the first alone: not a test split without labels
+    with pytest.raises(ValueError, match="test split has a class '-1'"):
+        load_labelled_images(DataArguments(train_dir=str(tmp_path)))
     labelled(tmp_path, ["b", "a"] * 12)
     labelled(tmp_path, ["a", "b"], "validation")
     labelled(tmp_path, ["b", "b", "a"], "test")

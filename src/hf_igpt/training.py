@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 from transformers.image_utils import SizeDict
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import get_reporting_integration_callbacks, is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SchedulerType, has_length
@@ -815,8 +815,13 @@ def finetune(
 
 
 def _begin(args: PretrainingArguments) -> str | None:
-    """Check the output folder, seed, and say so; returns the checkpoint to go on from."""
+    """Check the output folder and --report_to, seed, and say so; returns the checkpoint to go on from."""
     checkpoint = check_output_dir(args)
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()  # fails where its package is not installed
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(f"--report_to {' '.join(args.report_to)}: {error}") from error
     set_seed(args.seed)
     _say(args, f"Process {args.process_index} of {args.world_size} on {args.device}, seed {args.seed}")
     if checkpoint:
