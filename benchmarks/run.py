@@ -742,7 +742,7 @@ def run(args: BenchmarkArguments) -> list[Record]:
             records += suites[name](args)
             if path is not None:
                 run_now = {record.settings["stage"] for record in records}
-                write_records(path, [one for one in before if one.settings["stage"] not in run_now] + records)
+                write_records(path, [one for one in before if one.settings.get("stage") not in run_now] + records)
     print("\n" + table(records))
     if path is not None:
         print(f"\nWrote {path}")

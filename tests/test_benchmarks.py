@@ -146,6 +146,27 @@ def test_memory_is_the_peak_not_what_is_left():
     assert benchmarks.peak_memory(run) == pytest.approx(8, rel=0.1)
 
 
+def test_what_cannot_be_written_to_is_said_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmarks, "features", lambda args: pytest.fail("work was begun"))
+    (tmp_path / "other.json").write_text('{"metric": "seconds"}')
+    with pytest.raises(ValueError, match="other.json does not hold records"):
+        benchmarks.run(small(suite="features", output=str(tmp_path / "other.json")))
+    assert (tmp_path / "other.json").read_text() == '{"metric": "seconds"}'
+    with pytest.raises(OSError):
+        benchmarks.run(small(suite="features", output=str(tmp_path / "other.json" / "records.json")))
+
+
+def test_records_of_something_else_are_kept(monkeypatch, tmp_path):
+    (kept, new) = (
+        Record("seconds", 1.0, "s", "made here", 1, 0, "hf_igpt", "x", settings=settings)
+        for settings in ({"size": "tiny"}, {"stage": "features of all layers"})
+    )
+    benchmarks.write_records(tmp_path / "records.json", [kept])
+    monkeypatch.setattr(benchmarks, "features", lambda args: [new])
+    benchmarks.run(small(suite="features", output=str(tmp_path / "records.json")))
+    assert read_records(tmp_path / "records.json") == [kept, new]
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="repeats is at least 1"):
         benchmarks.BenchmarkArguments(repeats=0)

@@ -117,8 +117,11 @@ def _whole(path: Path):
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records of `path`."""
-    return [Record(**fields) for fields in json.loads(Path(path).read_text())]
+    """The records of `path`; a file that holds anything else is a ValueError."""
+    try:
+        return [Record(**fields) for fields in json.loads(Path(path).read_text())]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold records: {error}") from error
 
 
 def markdown_table(records: list[Record]) -> str:

@@ -537,12 +537,8 @@ def _recorded(args: PlanArguments, size: str) -> tuple[float, str]:
     `training_flops`, of any model.
     """
     config, precision = _config(args, size), "bfloat16 autocast" if args.bf16 else "float32"
-    try:
-        records = evaluation.read_records(args.records)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{args.records} does not hold records: {error}") from error
     rates = []
-    for record in records:
+    for record in evaluation.read_records(args.records):
         settings = record.settings
         model = (settings.get("size"), settings.get("image size"), settings.get("objective", "causal"))
         wanted = (size, math.isqrt(config.n_positions), config.objective)
