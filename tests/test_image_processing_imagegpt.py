@@ -12,7 +12,9 @@ import torch
 import transformers.models.imagegpt as upstream
 from PIL import Image
 from transformers import AutoImageProcessor
+from transformers.testing_utils import CaptureLogger
 from transformers.utils import is_torchvision_available
+from transformers.utils import logging as transformers_logging
 
 from hf_igpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
 from hf_igpt.clusters import to_unit_range
@@ -366,3 +368,30 @@ def test_images_of_levels_and_of_floats_in_one_batch(palette, options):
     processor = Processor(clusters=palette, size=8, **options)
     for image, tokens in zip(batch, processor(batch)["input_ids"], strict=True):
         assert np.array_equal(tokens, processor(image)["input_ids"][0])
+
+
+def test_floats_that_are_rescaled_already_are_warned_of(palette):
+    logger = transformers_logging.get_logger("hf_igpt.image_processing_imagegpt")
+    for image, options, warns in (
+        (PIXELS / 255, {}, True),
+        (torch.tensor(PIXELS) / 255, {}, True),
+        (PIXELS / 255, {"do_rescale": False}, False),
+        (PIXELS.astype(float), {}, False),
+        (np.zeros(PIXELS.shape), {}, False),
+    ):
+        type(logger).warning_once.cache_clear()
+        with CaptureLogger(logger) as captured:
+            Processor(clusters=palette, size=8)(image, **options)
+        assert ("do_rescale=False" in captured.out) == warns
+
+
+if BACKEND == "pil":
+
+    def test_without_torchvision_the_pil_backend_is_used(palette, tmp_path):
+        processor = ImageGPTImageProcessor(clusters=palette, size=8)
+        assert type(processor) is ImageGPTImageProcessorPil
+        processor.save_pretrained(tmp_path)
+        reloaded = ImageGPTImageProcessor.from_pretrained(tmp_path)
+        expected = ImageGPTImageProcessorPil(clusters=palette, size=8)(PHOTO)["input_ids"]
+        assert np.array_equal(processor(PHOTO)["input_ids"], expected)
+        assert np.array_equal(reloaded(PHOTO)["input_ids"], expected)

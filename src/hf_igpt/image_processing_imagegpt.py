@@ -19,6 +19,7 @@ from transformers.image_utils import (
     load_image,
 )
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import is_torchvision_available, logging
 
 from .clusters import check_palette, colors_of, nearest_color, nearest_color_of_codes
 from .presets import IMAGE_SIZE
@@ -27,6 +28,8 @@ from .presets import IMAGE_SIZE
 IGNORE_INDEX = -100  # marks a missing pixel in what `decode` is given, as it marks an unscored one in labels
 _MISSING_GREY = 128
 _FILTERS = frozenset(PILImageResampling)
+
+logger = logging.get_logger(__name__)
 
 
 class ImageGPTImageProcessorKwargs(ImagesKwargs, total=False):
@@ -189,6 +192,11 @@ class _ColorQuantization:
         Order: centre crop to the largest square, resize, quantise. With a `crop_size` other than `size`, transformers'
         order and meaning hold instead: resize, then crop to `crop_size`.
         """
+        if do_rescale and any(_is_rescaled(image) for image in images):
+            logger.warning_once(
+                "Images of floats in [0, 1] were given, and do_rescale takes them as grey levels 0 to 255: all will be "
+                "black. Pass do_rescale=False, or 8-bit images."
+            )
         square = do_center_crop and (crop_size is None or crop_size == size)
         sized = []
         for image in images:
@@ -303,7 +311,15 @@ class _ColorQuantization:
 
 
 class ImageGPTImageProcessor(_ColorQuantization, TorchvisionBackend):
-    """Images to tokens with torchvision. Options and methods as `ImageGPTImageProcessorPil`."""
+    """Images to tokens with torchvision. Options and methods as `ImageGPTImageProcessorPil`, which it is without torchvision."""
+
+    def __new__(cls, *args, **kwargs):
+        if is_torchvision_available():
+            return super().__new__(cls)
+        logger.warning_once(
+            f"{cls.__name__} needs torchvision, which is not installed: ImageGPTImageProcessorPil is used."
+        )
+        return ImageGPTImageProcessorPil(*args, **kwargs)
 
 
 class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
@@ -374,6 +390,12 @@ def _is_unit_range(do_rescale, rescale_factor, do_normalize, image_mean, image_s
             for values in (image_mean, image_std)
         )
     )
+
+
+def _is_rescaled(image) -> bool:
+    """Whether an array's floats look as if grey levels 0..255 had been divided by 255 already."""
+    floats = image.is_floating_point() if torch.is_tensor(image) else image.dtype.kind == "f"
+    return bool(floats and image.min() >= 0 and 0 < image.max() <= 1)
 
 
 def _tokens(pixels: list, palette: np.ndarray):
