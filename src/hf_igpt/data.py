@@ -19,10 +19,9 @@ import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pyarrow.compute import struct_field
 from tqdm.auto import tqdm
-from transformers.utils import is_torchvision_available
 
 from .clusters import lookup_table
-from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil, to_rgb_image
+from .image_processing_imagegpt import ImageGPTImageProcessorPil, InstalledProcessor, to_rgb_image
 from .presets import (
     CROP_SHORTER_SIDE,
     CROP_SIZE,
@@ -34,9 +33,6 @@ from .presets import (
     PAD_CROP_PIXELS,
 )
 
-
-# What AutoImageProcessor picks; that class itself needs torchvision before transformers 5.2x.
-InstalledProcessor = ImageGPTImageProcessor if is_torchvision_available() else ImageGPTImageProcessorPil
 
 IMAGE = "image"  # the image column's name, and below the label's, whatever the source called them
 LABEL = "label"

@@ -314,12 +314,12 @@ class ImageGPTImageProcessor(_ColorQuantization, TorchvisionBackend):
     """Images to tokens with torchvision. Options and methods as `ImageGPTImageProcessorPil`, which it is without torchvision."""
 
     def __new__(cls, *args, **kwargs):
-        if is_torchvision_available():
+        if InstalledProcessor is ImageGPTImageProcessor:
             return super().__new__(cls)
         logger.warning_once(
             f"{cls.__name__} needs torchvision, which is not installed: ImageGPTImageProcessorPil is used."
         )
-        return ImageGPTImageProcessorPil(*args, **kwargs)
+        return InstalledProcessor(*args, **kwargs)
 
 
 class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
@@ -379,6 +379,10 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
             and (not do_center_crop or crop_size is None or crop_size == size)
             and _is_unit_range(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         )
+
+
+# What AutoImageProcessor picks; that class itself needs torchvision before transformers 5.2x.
+InstalledProcessor = ImageGPTImageProcessor if is_torchvision_available() else ImageGPTImageProcessorPil
 
 
 def _is_unit_range(do_rescale, rescale_factor, do_normalize, image_mean, image_std) -> bool:
