@@ -8,8 +8,9 @@ Prints the palette's distortion on held-out images: 512 colours lose about 4.8 g
 --palette FILE nothing is fitted: OpenAI's kmeans_centers.npy, or another processor's JSON, is measured and saved.
 """
 
+from hf_igpt.commands.cli import run_script
+from hf_igpt.commands.clusters import ClustersArguments, fit_clusters
 from hf_igpt.data import DataArguments
-from hf_igpt.training import ClustersArguments, fit_clusters, run_script
 
 
 if __name__ == "__main__":

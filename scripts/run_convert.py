@@ -5,8 +5,8 @@
 Seconds for S, a minute for L, on a CPU. All sizes come from the file. Needs TensorFlow: pip install "hf_igpt[openai]".
 """
 
+from hf_igpt.commands.cli import run_script
 from hf_igpt.conversion import ConvertArguments, convert
-from hf_igpt.training import run_script
 
 
 if __name__ == "__main__":

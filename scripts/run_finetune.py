@@ -7,8 +7,10 @@
 Writes the classifier of the best validation accuracy, a confusion matrix, curves and records to --output_dir.
 """
 
+from hf_igpt.commands.cli import run_script
+from hf_igpt.commands.finetune import finetune
 from hf_igpt.data import DataArguments
-from hf_igpt.training import FinetuningArguments, ModelArguments, finetune, run_script
+from hf_igpt.training.arguments import FinetuningArguments, ModelArguments
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 Writes probe.json and the curve of accuracy by layer, probe.png, to the model's folder or --output_dir.
 """
 
+from hf_igpt.commands.cli import run_script
 from hf_igpt.data import DataArguments
 from hf_igpt.probing import ProbeArguments, probe
-from hf_igpt.training import run_script
 
 
 if __name__ == "__main__":

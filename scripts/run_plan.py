@@ -8,8 +8,8 @@ Any machine, seconds, no GPU and no data. Hours are of an assumed or a measured 
 says how both are counted.
 """
 
+from hf_igpt.commands.cli import run_script
 from hf_igpt.planning import PlanArguments, plan
-from hf_igpt.training import run_script
 
 
 if __name__ == "__main__":

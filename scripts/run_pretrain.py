@@ -9,8 +9,10 @@ Without arguments: held-out loss at most 1.30 nats/pixel (left-and-up counts: 1.
 processor, samples, a curve and records to --output_dir; an interrupted run goes on when started again.
 """
 
+from hf_igpt.commands.cli import run_script
+from hf_igpt.commands.pretrain import pretrain
 from hf_igpt.data import DataArguments
-from hf_igpt.training import ModelArguments, PretrainingArguments, pretrain, run_script
+from hf_igpt.training.arguments import ModelArguments, PretrainingArguments
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
 Everything is checked first and pushed in one commit; --local_only pushes nothing. Prints three ways to load the result.
 """
 
+from hf_igpt.commands.cli import run_script
 from hf_igpt.hub import PublishArguments, publish
-from hf_igpt.training import run_script
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ Seconds, unless milestones are probed first. Writes index.html, report.md and th
 """
 
 from hf_igpt.cards import ReportArguments, report
+from hf_igpt.commands.cli import run_script
 from hf_igpt.data import DataArguments
-from hf_igpt.training import run_script
 
 
 if __name__ == "__main__":

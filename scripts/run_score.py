@@ -8,9 +8,9 @@ histogram.png to score/ in the model's folder or --output_dir. With --compare, a
 another kind from those scored (AUROC).
 """
 
+from hf_igpt.commands.cli import run_script
 from hf_igpt.data import DataArguments
 from hf_igpt.evaluation import ScoreArguments, score
-from hf_igpt.training import run_script
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
-from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling, training
+from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling
+from hf_igpt.commands import pretrain as command
 from hf_igpt.data import DataArguments
-from hf_igpt.training import ModelArguments, PretrainingArguments
+from hf_igpt.training.arguments import ModelArguments, PretrainingArguments
+from hf_igpt.training.trainer import ImageGPTTrainer
 
 
 def launch_settings(config_file) -> dict[str, str]:
@@ -53,19 +55,19 @@ def pretrain(folder, model, images, environment=None, record=False, **options):
         if name.startswith(("ACCELERATE_USE_FSDP", "ACCELERATE_MIXED", "FSDP_")):
             del os.environ[name]
     os.environ.update(environment or {})
-    seen, compute_loss = [], training.ImageGPTTrainer.compute_loss
+    seen, compute_loss = [], ImageGPTTrainer.compute_loss
 
     def recording(self, model, inputs, *args, **kwargs):
         seen.append((self.state.global_step, inputs["labels"].clone()))
         return compute_loss(self, model, inputs, *args, **kwargs)
 
     if record:
-        training.ImageGPTTrainer.compute_loss = recording
+        ImageGPTTrainer.compute_loss = recording
     arguments = PretrainingArguments(output_dir=folder, use_cpu=True, disable_tqdm=True, **options)
     try:
-        training.pretrain(ModelArguments(**model), DataArguments(**images), arguments)
+        command.pretrain(ModelArguments(**model), DataArguments(**images), arguments)
     finally:
-        training.ImageGPTTrainer.compute_loss = compute_loss
+        ImageGPTTrainer.compute_loss = compute_loss
     if record:
         torch.save(seen, Path(folder) / f"seen-{arguments.process_index}.pt")
 

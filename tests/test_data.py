@@ -191,8 +191,8 @@ def test_photos_are_held_in_portions(folder, processor, monkeypatch, held):
     expected = token_array(tokenize(images, processor, "skip"))
     pixels = sample_pixels(images, 500, 8, on_bad_image="skip")
     sizes, call = [], ImageGPTImageProcessorPil.__call__
-    monkeypatch.setattr(data, "_HELD", held)
-    monkeypatch.setattr(data, "_CACHE_VERSION", f"held {held}")
+    monkeypatch.setattr(data.images, "HELD_PIXELS", held)
+    monkeypatch.setattr(data.tokens, "_CACHE_VERSION", f"held {held}")
     monkeypatch.setattr(
         ImageGPTImageProcessorPil,
         "__call__",
@@ -363,7 +363,7 @@ def test_held_out_images_of_a_stream_stay_held_out(files):
 
 
 def test_passes_of_a_stream_have_different_orders(parquet, monkeypatch):
-    monkeypatch.setattr(data, "_SHUFFLE_BUFFER", 20)
+    monkeypatch.setattr(data.tokens, "SHUFFLE_BUFFER", 20)
     arguments = DataArguments(train_dir=str(parquet), streaming=True, max_eval_samples=20)
     rows = [row["image"]["bytes"] for row in endless(load_images(arguments)["train"], seed=3).take(60)]
     assert len(set(rows)) == 10

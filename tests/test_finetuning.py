@@ -15,10 +15,11 @@ from test_training import SCRIPTS, SMALL, assert_same_run, greys, history, run, 
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_igpt import ImageGPTForMaskedImageModeling, data, evaluation
+from hf_igpt.commands.finetune import finetune
 from hf_igpt.data import DataArguments
 from hf_igpt.evaluation import read_records
 from hf_igpt.presets import SIZES
-from hf_igpt.training import FinetuningArguments, ModelArguments, finetune
+from hf_igpt.training.arguments import FinetuningArguments, ModelArguments
 
 
 def fit(folder, model=None, images=None, **options):

@@ -11,6 +11,8 @@ import pytest
 from script_server import Scripts
 
 from hf_igpt.cards import ReportArguments, report
+from hf_igpt.commands.cli import parse_arguments
+from hf_igpt.commands.clusters import ClustersArguments
 from hf_igpt.conversion import ConvertArguments
 from hf_igpt.data import DataArguments
 from hf_igpt.evaluation import ScoreArguments, markdown_table, read_records
@@ -18,13 +20,7 @@ from hf_igpt.generation import SampleArguments
 from hf_igpt.hub import PublishArguments
 from hf_igpt.planning import PlanArguments
 from hf_igpt.probing import ProbeArguments
-from hf_igpt.training import (
-    ClustersArguments,
-    FinetuningArguments,
-    ModelArguments,
-    PretrainingArguments,
-    parse_arguments,
-)
+from hf_igpt.training.arguments import FinetuningArguments, ModelArguments, PretrainingArguments
 
 
 ROOT = Path(__file__).parent.parent

@@ -14,12 +14,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM
 
-from hf_igpt import data, training
+from hf_igpt import data
 from hf_igpt.clusters import to_unit_range
+from hf_igpt.commands.cli import parse_arguments
+from hf_igpt.commands.clusters import ClustersArguments, fit_clusters
+from hf_igpt.commands.pretrain import pretrain
 from hf_igpt.data import DataArguments
 from hf_igpt.evaluation import nats_per_image, read_records
 from hf_igpt.presets import SIZES
-from hf_igpt.training import ClustersArguments, ModelArguments, PretrainingArguments, fit_clusters, pretrain
+from hf_igpt.training.arguments import ModelArguments, PretrainingArguments
+from hf_igpt.training.callbacks import Clock
+from hf_igpt.training.trainer import ImageGPTTrainer
 
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -258,20 +263,20 @@ def test_presets_and_overrides():
     arguments = PretrainingArguments(size="s", use_cpu=True)
     assert (arguments.max_steps, arguments.train_batch_size, arguments.adam_beta2) == (1_000_000, 128, 0.95)
     assert arguments.lr_scheduler_type == "cosine" and arguments.weight_decay == 0
-    training._set_steps(arguments, False, range(1_230_000))
+    arguments.resolve(arguments.size, "causal", 32, 1_230_000)
     assert arguments.warmup_steps == 9610  # one epoch
     arguments = PretrainingArguments(
         size="s", use_cpu=True, gradient_accumulation_steps=8, num_train_epochs=2, learning_rate=1
     )
     assert (arguments.max_steps, arguments.num_train_epochs, arguments.train_batch_size) == (-1, 2, 16)
-    training._set_steps(arguments, False, range(1000))
+    arguments.resolve(arguments.size, "causal", 32, 1000)
     arguments = PretrainingArguments(use_cpu=True, per_device_train_batch_size=5, warmup_steps=7)
-    training._set_steps(arguments, False, range(1000))
+    arguments.resolve(arguments.size, "causal", 32, 1000)
     assert (arguments.train_batch_size, arguments.warmup_steps) == (5, 7)
     assert arguments.num_train_epochs == SIZES["tiny"].num_epochs
     for options, warmup in (({"warmup_steps": 0}, 0), ({"warmup_epochs": 5}, 315), ({"num_train_epochs": 1}, 6)):
         arguments = PretrainingArguments(use_cpu=True, **options)
-        training._set_steps(arguments, False, range(1000))
+        arguments.resolve(arguments.size, "causal", 32, 1000)
         assert arguments.warmup_steps == warmup
 
 
@@ -285,9 +290,9 @@ def test_the_clock_ends_a_run_with_its_learning_rate_decayed(tmp_path, greys):
 
 @pytest.mark.parametrize(("step", "clock"), [(0, 0.0), (500, 0.1), (500, 0.9), (900, 0.1), (0, 0.5)])
 def test_the_schedule_follows_the_steps_or_the_clock_whichever_is_ahead(step, clock, monkeypatch):
-    trainer = training.ImageGPTTrainer.__new__(training.ImageGPTTrainer)
+    trainer = ImageGPTTrainer.__new__(ImageGPTTrainer)
     trainer.args = PretrainingArguments(use_cpu=True, warmup_steps=99, learning_rate=1)
-    trainer.clock = training._Clock(1.0, "cpu")
+    trainer.clock = Clock(1.0, "cpu")
     trainer.clock.elapsed = clock
     schedule = trainer.create_scheduler(1000, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1))
     done = max(step / 1000, clock)
@@ -324,7 +329,7 @@ def test_a_file_instead_of_flags(tmp_path, kind, monkeypatch):
         (tmp_path / f"recipe.{kind}").write_text(json.dumps(recipe))  # JSON is YAML
         arguments = [str(tmp_path / f"recipe.{kind}"), *flags]
     monkeypatch.setattr(sys, "argv", ["run_pretrain.py", *arguments])
-    _, images, arguments = training.parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description="")
+    _, images, arguments = parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description="")
     assert (arguments.size, arguments.learning_rate, images.image_size) == ("xs", 0.1, 16)
 
 
@@ -340,7 +345,7 @@ def test_bad_recipes(tmp_path, recipe, message, monkeypatch):
     (tmp_path / "recipe.json").write_text(recipe)
     monkeypatch.setattr(sys, "argv", ["run_pretrain.py", str(tmp_path / "recipe.json")])
     with pytest.raises(ValueError, match=message):
-        training.parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description="")
+        parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description="")
 
 
 @pytest.mark.parametrize(
@@ -350,17 +355,17 @@ def test_recipes_are_checked_like_flags(tmp_path, recipe, monkeypatch):
     (tmp_path / "recipe.json").write_text(recipe)
     monkeypatch.setattr(sys, "argv", ["run_pretrain.py", str(tmp_path / "recipe.json")])
     with pytest.raises((SystemExit, ValueError), match=r"2|not used"):
-        training.parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description="")
+        parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description="")
 
 
 def test_evaluations_and_checkpoints_come_together():
     assert (PretrainingArguments().eval_steps, PretrainingArguments().save_steps) == (0.1, 0.1)
     arguments = PretrainingArguments(save_steps=20)
     assert (arguments.eval_steps, arguments.save_steps) == (20, 20)
-    training._set_steps(arguments, False, range(1600))
+    arguments.resolve(arguments.size, "causal", 32, 1600)
     assert (arguments.eval_steps, arguments.save_steps, arguments.logging_steps) == (20, 20, 30)
     arguments = PretrainingArguments(eval_steps=0.1, save_steps=0.2, max_steps=33)
-    training._set_steps(arguments, False, range(1600))
+    arguments.resolve(arguments.size, "causal", 32, 1600)
     assert (arguments.eval_steps, arguments.save_steps) == (4, 4)  # or the best might be one that was not saved
 
 

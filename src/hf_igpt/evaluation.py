@@ -78,9 +78,8 @@ def split_seed(model_name: str, data_args: data.DataArguments, seed: int) -> int
     record = read_records(folder / RECORDS)[0]
     if record.data.split(", ")[0] != data_args.name() or record.seed is None:
         return seed
-    run = next((file for file in (folder / RUN, folder.parent.parent / RUN) if file.is_file()), None)  # of a milestone
-    fraction = json.loads(run.read_text()).get("train_val_split", data_args.train_val_split) if run else None
-    if run and fraction != data_args.train_val_split:
+    fraction = read_run(folder).get("train_val_split", data_args.train_val_split)
+    if fraction != data_args.train_val_split:
         raise ValueError(
             f"{model_name} was trained with --train_val_split {fraction}, not {data_args.train_val_split}: test images would be "
             "among those it was trained on. Give the same."
@@ -89,6 +88,15 @@ def split_seed(model_name: str, data_args: data.DataArguments, seed: int) -> int
     if found != seed:
         print(f"Splits are drawn by seed {found}, as when {folder.name} was trained.")
     return found
+
+
+def read_run(folder: str | Path) -> dict:
+    """What `run.json` says of the run that a model's folder, checkpoint or milestone is from; {} if there is none."""
+    folder = Path(folder)
+    places = {"checkpoint-": folder.parent, "step-": folder.parent.parent}
+    of_run = [place for prefix, place in places.items() if folder.name.startswith(prefix)]
+    file = next((place / RUN for place in (folder, *of_run) if (place / RUN).is_file()), None)
+    return json.loads(file.read_text()) if file else {}
 
 
 def size_of(config) -> str | None:
@@ -101,12 +109,12 @@ def write_records(path: str | Path, records: list[Record]):
     """Write `records` to `path` in one piece: a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _whole(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text(json.dumps([asdict(record) for record in records], indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager
-def _whole(path: Path):
+def whole_file(path: Path):
     """A file to write that becomes `path` when all is written, and vanishes where that fails."""
     partial = path.with_name(path.name + ".partial")
     try:
@@ -338,14 +346,14 @@ def score(args: ScoreArguments, data_args: data.DataArguments) -> list[Record]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SCORE).unlink(missing_ok=True)  # of other files than those that follow
-    with _whole(folder / "scores.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(folder / "scores.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "set", "nats_per_pixel", "bits_per_pixel"])
         for images in sets:
             for image, nats in zip(images.names, images.nats_per_pixel, strict=True):
                 rows.writerow([image, images.kind, f"{nats:.6f}", f"{nats * BITS_PER_NAT:.6f}"])
     for file, picture in pictures.items():
-        with _whole(folder / file) as partial:
+        with whole_file(folder / file) as partial:
             picture.save(partial, format="PNG")
     write_records(folder / SCORE, records)
     _say_scores(sets, records)

@@ -16,9 +16,10 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import safe_open
 
-from . import cards, data, modeling_imagegpt, plots
+from . import cards, modeling_imagegpt, plots
 from .configuration_imagegpt import ImageGPTConfig
-from .evaluation import RECORDS, RUN, read_records
+from .evaluation import RECORDS, RUN, read_records, read_run
+from .image_processing_imagegpt import InstalledProcessor
 
 
 CODE = (
@@ -104,31 +105,21 @@ def push(
     revision: str | None = None,
     token: str | None = None,
     message: str = "Publish with hf_igpt",
-    in_background: bool = False,
-):
-    """Push the folder of a model as a repository, in one commit; returns its address, or a future with `in_background`."""
+) -> str:
+    """Push the folder of a model as a repository, in one commit; returns its address."""
     api = HfApi(token=token)
-    staged = Path(tempfile.mkdtemp(prefix="hf_igpt-"))
-    try:
-        write_repository(model_dir, staged / "repository", repo_id, licence)
+    with tempfile.TemporaryDirectory(prefix="hf_igpt-") as staged:
+        repository = write_repository(model_dir, Path(staged) / "repository", repo_id, licence)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # Not `upload_folder`, which makes several commits where an upload is large or slow.
-        commit = api.create_commit(
+        # Not `upload_folder`, which makes several commits if an upload is large or slow.
+        api.create_commit(
             repo_id,
-            _operations(api.list_repo_files(repo_id, revision=revision), staged / "repository"),
+            _operations(api.list_repo_files(repo_id, revision=revision), repository),
             commit_message=message,
             revision=revision,
-            run_as_future=in_background,
         )
-    except BaseException:
-        shutil.rmtree(staged)
-        raise
-    if in_background:
-        commit.add_done_callback(lambda _: shutil.rmtree(staged))
-        return commit
-    shutil.rmtree(staged)
     return str(url)
 
 
@@ -144,7 +135,7 @@ def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, li
     """Write everything that a published repository holds to `folder`, which appears whole or not at all."""
     model_dir, folder = Path(model_dir), Path(folder)
     config, processor = check_model(model_dir)
-    run = json.loads((model_dir / RUN).read_text()) if (model_dir / RUN).is_file() else {}
+    run = read_run(model_dir)
     records = read_records(model_dir / RECORDS) if (model_dir / RECORDS).is_file() else []
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -194,7 +185,7 @@ def check_model(folder: str | Path):
     if not files:
         raise ValueError(f"There are no weights {folder / 'model.safetensors'}: save the model by `save_pretrained`.")
     config = ImageGPTConfig.from_pretrained(folder)
-    processor = data.InstalledProcessor.from_pretrained(folder)
+    processor = InstalledProcessor.from_pretrained(folder)
     try:
         processor.check_fits(config)
     except ValueError as error:

@@ -1,0 +1,77 @@
+"""The command line of every script: flags from dataclasses, recipes in files, and errors in one line."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import transformers
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_arguments(*dataclasses, description: str, first: str | None = None):
+    """Command-line flags as instances of `dataclasses`. A first argument FILE.json, .yaml or .yml gives their defaults.
+
+    first: the flag whose values may stand at the beginning without it.
+    """
+    parser = HfArgumentParser(
+        dataclasses, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags = sys.argv[1:]
+    if flags and flags[0].endswith((".json", ".yaml", ".yml")):
+        flags = read_recipe(Path(flags[0]), {action.dest for action in parser._actions} - {"help"}) + flags[1:]
+    if first and flags and not flags[0].startswith("-"):
+        flags = [f"--{first}", *flags]
+    return parser.parse_args_into_dataclasses(flags)
+
+
+def read_recipe(file: Path, known: set[str]) -> list[str]:
+    """A recipe file as flags, so that argparse checks it like flags; those that follow on the command line win.
+
+    What cannot be read, or has names that are not `known`, is a ValueError.
+    """
+    try:
+        recipe = yaml.safe_load(file.read_text())  # JSON is YAML
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"The recipe {file} cannot be read: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {file} does not hold names and values.")
+    if unknown := sorted(set(recipe) - known):
+        raise ValueError(f"{file} has unknown names: {', '.join(unknown)}.")
+    flags = []
+    for name, value in recipe.items():
+        if value is not None:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def run_script(function, *dataclasses, description: str, first: str | None = None):
+    """Call `function` with what `parse_arguments` gives; a refusal ends the program with one line and status 2."""
+    name = Path(sys.argv[0]).name
+    try:
+        arguments = parse_arguments(*dataclasses, description=description, first=first)
+        quiet_libraries()
+        function(*arguments)
+    except (ValueError, OSError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            f"{name}: interrupted. The same command continues from the last checkpoint, if there is one.",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    finally:
+        import torch
+
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # or its threads abort the process at exit
+
+
+def quiet_libraries():
+    """Show our own progress bars alone: not those of loading and writing files, and none where output is captured."""
+    import datasets
+
+    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()

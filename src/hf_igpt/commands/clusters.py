@@ -1,0 +1,67 @@
+"""`scripts/run_clusters.py`: fit a palette, measure what it loses, and write it as an image processor."""
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .. import clusters, evaluation, plots
+from ..data import DataArguments, TrainingImages
+from ..data.prepare import PALETTE_PIXELS, log_distortion
+
+
+@dataclass
+class ClustersArguments:
+    """Which palette."""
+
+    output_dir: str = field(
+        default="outputs/palette", metadata={"help": "Where the processor and pictures are written."}
+    )
+    num_colors: int | None = field(
+        default=None, metadata={"help": "Colours K. Default: 512 (paper 3.2); 16 for the digits."}
+    )
+    num_pixels: int = field(default=PALETTE_PIXELS, metadata={"help": "Pixels sampled, evenly from all images."})
+    palette: str | None = field(
+        default=None, metadata={"help": "Fit nothing: take this palette (.npy, .json or a processor's folder)."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of the sampling, of k-means and of the held-out split."})
+
+
+def fit_clusters(args: ClustersArguments, data_args: DataArguments) -> list[evaluation.Record]:
+    """Fit (or read) a palette, measure its distortion on held-out images, and write it as an image processor."""
+    folder = Path(args.output_dir)
+    files = {"preprocessor_config.json", "palette.npy", "palette.png", evaluation.RECORDS}
+    strange = {entry.name for entry in folder.iterdir()} - files if folder.is_dir() else set()
+    if strange:
+        raise ValueError(
+            f"{folder} holds something else ({', '.join(sorted(strange)[:5])}): give another --output_dir."
+        )
+    palette = clusters.load_palette(args.palette) if args.palette else None
+    images = TrainingImages(data_args, args.seed)
+    if palette is None:
+        palette, _ = images.fit_palette(args.num_colors, args.num_pixels)
+    lost = clusters.distortion(images.sample_pixels("validation", args.num_pixels), palette)
+    images.make_processor(palette).save_pretrained(folder)
+    np.save(folder / "palette.npy", palette)
+    plots.palette_picture(palette).save(folder / "palette.png")
+    records = [
+        evaluation.Record(
+            metric=metric,
+            value=value,
+            unit={"rmse_grey_levels": "grey levels", "psnr_db": "dB"}[metric],
+            split="held out",
+            n=len(images.splits["validation"]),
+            seed=args.seed,
+            model=f"palette of {len(palette)} colours" + (f" from {Path(args.palette).name}" if args.palette else ""),
+            data=f"{images.name}, {images.image_size}x{images.image_size}",
+        )
+        for metric, value in lost.items()
+    ]
+    evaluation.write_records(folder / evaluation.RECORDS, records)
+    log_distortion(palette, lost, "held-out images")
+    print(f"Wrote the image processor, palette.npy, palette.png and records to {folder}")
+    flags = {"dataset_name": data_args.dataset_name, "train_dir": data_args.train_dir, "image_processor_name": folder}
+    flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value)
+    print(f"Next: python scripts/run_pretrain.py {flags}")
+    return records

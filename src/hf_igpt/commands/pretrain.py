@@ -1,0 +1,138 @@
+"""`scripts/run_pretrain.py`: pretrain an Image GPT, causal or masked, on images without labels."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .. import evaluation, generation, hub, plots
+from ..data import MASK, DataArguments, TrainingImages, collate_tokens, token_array
+from ..training import runs
+from ..training.arguments import ModelArguments, PretrainingArguments
+from ..training.callbacks import Milestones, SamplePictures
+from ..training.runs import log_main
+
+
+BASELINE_TOKENS = 20_000_000  # training tokens that counting models are fitted to, at most
+
+
+def pretrain(
+    model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments
+) -> list[evaluation.Record]:
+    """Pretrain an Image GPT, causal or masked, and write it to `args.output_dir`; returns what was measured.
+
+    Written: the best model with its processor; checkpoints (the last, the best) and milestones likewise; `samples/` with a
+    picture for each evaluation; `palette.png`, `training.png`; and last `records.json`. An unfinished run in
+    `output_dir` is resumed. Everything that can be wrong with the arguments is a ValueError before training starts.
+    """
+    checkpoint = runs.begin(args)
+    folder = Path(args.output_dir)
+    images = TrainingImages(
+        data_args,
+        args.seed,
+        processor=checkpoint or model_args.image_processor_name or model_args.model_name_or_path,
+        num_colors=model_args.num_colors,
+        hub_source=model_args.hub_source(),
+        num_workers=args.dataloader_num_workers,
+        progress=not args.disable_tqdm,
+    )
+    images.check_enough(args.images_per_step())
+    processor = images.processor
+    model = runs.build_model(model_args, args, processor)
+    if checkpoint:
+        runs.check_same_run(checkpoint, model.config, runs.identity_of(model_args, images, args))
+    masked = model.config.objective == "masked"
+    held_out = images.rows("validation", masked)
+    train = images.training_rows(masked)
+    n_images = None if images.is_stream else len(train)
+    args.resolve(args.size, model.config.objective, processor.token_grid()[0], n_images)
+    runs.write_run(args, model_args, images, model, n_images)
+    reference = counting_baselines(images, masked) if args.should_log else {}
+    if args.should_save:
+        plots.palette_picture(processor.clusters).save(folder / "palette.png")
+
+    trainer = runs.build_trainer(args, model, train, held_out, processor, hub.push)
+    if args.num_samples and trainer.is_sharded:
+        log_main("No samples are drawn during training: the weights are shared out among processes.")
+    elif args.num_samples:
+        trainer.add_callback(SamplePictures(picture_drawer(args, processor, held_out), folder / "samples"))
+    data_name = evaluation.data_of(images.name, processor)
+
+    def measure(prefix: str, step: int) -> evaluation.Record:
+        # Not `evaluate`, whose result would be logged, drawn and sampled as a step's.
+        nats = trainer.predict(held_out, metric_key_prefix=prefix).metrics[f"{prefix}_nats_per_pixel"]
+        return runs.training_record(trainer, "nats_per_pixel", nats, data_name, "held out", len(held_out), step)
+
+    def keep_milestone():
+        step = trainer.state.global_step
+        place = folder / "milestones" / f"step-{step:07d}"
+        with torch.random.fork_rng(devices=[]):  # training continues as if nothing had been measured
+            record = measure("milestone", step)
+        trainer.save_model(str(place), _internal_call=True)
+        if args.should_save:
+            evaluation.write_records(place / evaluation.RECORDS, [record])
+
+    if args.milestone_fractions:
+        trainer.add_callback(Milestones(args.milestone_fractions, trainer.clock, keep_milestone))
+    runs.log_plan(trainer, images, f"{len(held_out)} held out")
+    runs.train(trainer, checkpoint)
+    records = [measure("final", trainer.measured_step)]
+    records += [
+        replace(records[0], value=value, model=f"{name} counts", baseline=True, settings={})
+        for name, value in reference.items()
+    ]
+    if args.should_save:
+        curve_baselines = {name: value for name, value in reference.items() if name != "uniform"}
+        plots.training_curve(trainer.state.log_history, curve_baselines).save(folder / "training.png")
+        evaluation.write_records(folder / evaluation.RECORDS, records)
+    log_summary(args, records, model.config.objective)
+    runs.finish(trainer)
+    return records
+
+
+def counting_baselines(images: TrainingImages, masked: bool) -> dict[str, float]:
+    """Held-out nats per pixel of models that only count, if all training tokens are at hand."""
+    if not images.has_training_tokens:
+        return {}
+    processor = images.processor
+    counted = [subsample_rows(images.tokens(split), BASELINE_TOKENS) for split in ("train", "validation")]
+    width, n_colors = processor.token_grid()[1], len(processor.clusters)
+    reference = evaluation.baselines(*map(token_array, counted), width, n_colors)
+    if masked:  # these know nothing, or only the place, of what is known around a hidden pixel
+        reference = {name: value for name, value in reference.items() if not name.startswith("left")}
+    return reference
+
+
+def subsample_rows(tokens, n_tokens: int):
+    """Every k-th row of a tokenised dataset, so that at most `n_tokens` tokens come from all of it."""
+    n_pixels = tokens.features["input_ids"].length
+    step = -(-len(tokens) * n_pixels // n_tokens)
+    return tokens.select(range(0, len(tokens), step))
+
+
+def picture_drawer(args: PretrainingArguments, processor, held_out):
+    """A function from the model to a picture: images it draws, or held-out images whose hidden pixels it fills in."""
+
+    def draw(model):
+        if model.config.objective == "causal":
+            images = generation.sample(model, processor, args.num_samples, seed=args.seed, progress=False)
+            return plots.square_grid(images)
+        batch = collate_tokens(held_out.__getitems__(range(min(args.num_samples, len(held_out)))))
+        filled = generation.fill_in(model, batch["labels"], batch[MASK], seed=args.seed)
+        return plots.image_grid(generation.picture_of_masks(processor, batch["labels"], batch[MASK], filled))
+
+    return draw
+
+
+def log_summary(args: PretrainingArguments, records: list[evaluation.Record], objective: str):
+    """Say what was measured, what was written, and what to do next."""
+    of = " of hidden pixels" if objective == "masked" else ""
+    log_main(f"\nHeld-out nats per pixel (bits per pixel){of}, lower is better:")
+    for record in sorted(records, key=lambda record: record.value):
+        name = record.model.split(",")[0].replace("_", " ")
+        log_main(f"  {record.value:8.4f} ({record.value * evaluation.BITS_PER_NAT:.4f})  {name}")
+    log_main(f"\nWrote the model, its palette, pictures (samples/, training.png) and records to {args.output_dir}")
+    if objective == "causal":
+        log_main(f"Next: python scripts/run_sample.py --model_name_or_path {args.output_dir} --num_images 16")
+    else:
+        log_main(f"Next: python scripts/run_finetune.py --model_name_or_path {args.output_dir}")

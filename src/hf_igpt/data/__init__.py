@@ -1,0 +1,50 @@
+"""Images in, tokens out: where they come from, how they are read, what rows and batches a model is given.
+
+`sources` arguments and splits · `images` files and cells · `tokens` cache, rows, streams, collators · `prepare` `TrainingImages`.
+"""
+
+from .images import image_files, named_images, random_crop, read_image, report_bad_images
+from .prepare import TrainingImages, load_processor, processor_of, read_processor, sample_pixels
+from .sources import IMAGE, LABEL, DataArguments, digits, load_images, load_labelled_images
+from .tokens import (
+    MASK,
+    TOKENS,
+    ImageTokens,
+    collate_classified,
+    collate_tokens,
+    endless,
+    readable,
+    stream_tokens,
+    token_array,
+    tokenize,
+)
+
+
+__all__ = [
+    "IMAGE",
+    "LABEL",
+    "MASK",
+    "TOKENS",
+    "DataArguments",
+    "ImageTokens",
+    "TrainingImages",
+    "collate_classified",
+    "collate_tokens",
+    "digits",
+    "endless",
+    "image_files",
+    "load_images",
+    "load_labelled_images",
+    "load_processor",
+    "named_images",
+    "processor_of",
+    "random_crop",
+    "read_image",
+    "read_processor",
+    "readable",
+    "report_bad_images",
+    "sample_pixels",
+    "stream_tokens",
+    "token_array",
+    "tokenize",
+]

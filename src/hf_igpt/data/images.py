@@ -1,0 +1,95 @@
+"""Images as PIL reads them: files in folders, undecoded cells, what cannot be read, and the paper's random crop."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from ..image_processing_imagegpt import to_rgb_image
+from ..presets import CROP_SHORTER_SIDE, CROP_SIZE
+
+
+HELD_PIXELS = 1_000_000  # pixels of decoded photos held in memory together
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Files in a folder and its subfolders that are images by their name, in order."""
+    known = Image.registered_extensions()
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
+
+
+def named_images(names: list[str]) -> list[Path]:
+    """Image files of the files and folders that are named, in their order; ValueError where there are none."""
+    files = [file for path in map(Path, names) for file in (image_files(path) if path.is_dir() else [path])]
+    if names and not files:
+        raise ValueError(f"There are no image files in {', '.join(names)}.")
+    return files
+
+
+def read_image(cell) -> Image.Image:
+    """An undecoded cell, or an array of grey levels -> RGB image, upright by its EXIF tag, transparency on white.
+
+    What cannot be read is a ValueError naming it.
+    """
+    if not isinstance(cell, dict):
+        if cell is None:
+            raise ValueError("the cell is empty")
+        return to_rgb_image(cell)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb_image(image)
+    except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
+        raise ValueError(f"{cell.get('path') or 'no path'}: {reason or f'{type(error).__name__}: {error}'}") from error
+
+
+def read_images(cells, indices, on_bad_image: str, then=lambda image, index: image):
+    """Portions `(images, reasons)` of cells: `then(image, index)` of the readable ones, and for every cell the reason it is
+    not readable, or "".
+
+    A portion ends when its photos, as they were read, have `HELD_PIXELS` pixels: many small images are held at once, large
+    ones one by one.
+    """
+    images, reasons, n_pixels = [], [], 0
+    for cell, index in zip(cells, indices, strict=True):
+        try:
+            image = read_image(cell)
+        except ValueError as error:
+            if on_bad_image != "skip":
+                raise ValueError(
+                    f"Image {index} cannot be read ({error}). Remove it, or pass --on_bad_image skip."
+                ) from error
+            reasons.append(f"image {index}: {error}")
+            continue
+        n_pixels += image.width * image.height
+        images.append(then(image, index))
+        reasons.append("")
+        if n_pixels >= HELD_PIXELS:
+            yield images, reasons
+            images, reasons, n_pixels = [], [], 0
+    if reasons:
+        yield images, reasons
+
+
+def report_bad_images(reasons: list[str], n_images: int):
+    """Say how many images were left out, and which."""
+    listing = "\n  ".join(reasons)
+    tqdm.write(f"Left out {len(reasons)} of {n_images} images that cannot be read:\n  {listing}")
+    if len(reasons) == n_images:
+        raise ValueError(f"None of the {n_images} images can be read; the first: {reasons[0]}")
+
+
+def random_crop(image: Image.Image, rng: np.random.Generator):
+    """The paper's crop [V2 3.1] of an RGB image: shorter side resized to 256..384 pixels, then a 224 x 224 window, both uniform."""
+    shorter = int(rng.integers(CROP_SHORTER_SIDE[0], CROP_SHORTER_SIDE[1] + 1))
+    scale = shorter / min(image.size)
+    width, height = (max(CROP_SIZE, round(side * scale)) for side in image.size)
+    left, top = (int(rng.integers(0, side - CROP_SIZE + 1)) for side in (width, height))
+    window = (left, top, left + CROP_SIZE, top + CROP_SIZE)
+    return image.resize((width, height), Image.Resampling.BILINEAR).crop(window)

@@ -1,0 +1,141 @@
+"""Callbacks of training: an end by the clock, progress in images, a picture at each evaluation, milestones, pushes of checkpoints."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import has_length
+
+from ..evaluation import BITS_PER_NAT
+
+
+class Clock(TrainerCallback):
+    """Ends training when the time is up, at the same step in all processes. A resumed run has the time that was left."""
+
+    def __init__(self, minutes: float, device):
+        self.limit, self.device, self.start, self.elapsed = minutes, device, None, 0.0  # minutes
+
+    def fraction(self) -> float:
+        """Elapsed time as a fraction of the limit."""
+        return self.elapsed / self.limit
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.elapsed = next((entry["minutes"] for entry in reversed(state.log_history) if "minutes" in entry), 0.0)
+        self.start = time.monotonic() - self.elapsed * 60
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.elapsed = (time.monotonic() - self.start) / 60
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            elapsed = torch.tensor(self.elapsed, device=self.device)
+            torch.distributed.broadcast(elapsed, src=0)
+            self.elapsed = elapsed.item()
+        if self.elapsed >= self.limit:
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_save = args.save_strategy != "no"
+            control.should_log = control.should_training_stop = True
+
+
+class ImageProgress(ProgressCallback):
+    """transformers' progress bar, counting images, with one line per log entry instead of a dictionary."""
+
+    def __init__(self, images_seen: Callable[[int], int]):
+        super().__init__()
+        self.images_seen = images_seen  # steps -> images
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if state.is_world_process_zero and has_length(eval_dataloader):
+            if self.prediction_bar is None:
+                n_batches = len(eval_dataloader)
+                self.prediction_bar = tqdm(total=n_batches, desc="Evaluating", unit="batch", leave=False, disable=None)
+            self.prediction_bar.update(1)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=self.images_seen(state.max_steps),
+                desc="Training",
+                unit="image",
+                unit_scale=True,
+                dynamic_ncols=True,
+                disable=None,
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar.update(self.images_seen(state.global_step) - self.training_bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None or "images" not in logs:
+            return
+        line = describe_log(logs)
+        if line:
+            rate = f"   learning rate {logs['learning_rate']:.2e}" if "learning_rate" in logs else ""
+            self.training_bar.write(f"{logs['images']:>11,} images   {line}{rate}")
+
+
+def describe_log(logs: dict) -> str | None:
+    """Log entries in words; those of the end of training give None."""
+    if "eval_accuracy" in logs:
+        return f"validation {100 * logs['eval_accuracy']:.1f} % right"
+    if "eval_nats_per_pixel" in logs:
+        nats = logs["eval_nats_per_pixel"]
+        return f"held out {nats:.4f} nats/pixel ({nats * BITS_PER_NAT:.4f} bits)"
+    if "classification_loss" in logs:
+        parts = f"{logs['classification_loss']:.4f} nats/image, {logs['generative_loss']:.4f} nats/pixel"
+        return f"training {logs['loss']:.4f} ({parts})"
+    if "bits_per_pixel" in logs:
+        return f"training {logs['loss']:.4f} nats/pixel ({logs['bits_per_pixel']:.4f} bits)"
+    return f"training {logs['loss']:.4f} nats/image" if "loss" in logs else None
+
+
+class SamplePictures(TrainerCallback):
+    """Saves a picture at each evaluation, `step-0000100.png` in `folder`. draw: the model -> a PIL image."""
+
+    def __init__(self, draw: Callable, folder: Path):
+        self.draw, self.folder = draw, folder
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero:
+            picture = self.draw(model)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            picture.save(self.folder / f"step-{state.global_step:07d}.png")
+
+
+class Milestones(TrainerCallback):
+    """Calls `keep()` at fractions of training, by steps or by the clock, whichever is ahead."""
+
+    def __init__(self, fractions: list[float], clock: Clock | None, keep: Callable[[], None]):
+        self.fractions, self.clock, self.keep = fractions, clock, keep
+        self.pending: list[float] = []
+
+    def progress(self, state) -> float:
+        """The fraction of training that is done."""
+        return max(state.global_step / state.max_steps, self.clock.fraction() if self.clock else 0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.pending = [fraction for fraction in self.fractions if fraction > self.progress(state)]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        reached = [fraction for fraction in self.pending if fraction <= self.progress(state)]
+        if reached:
+            self.pending = self.pending[len(reached) :]
+            self.keep()
+
+
+class PushCheckpoints(TrainerCallback):
+    """Calls `push(folder, message)` with each checkpoint that is saved; an error is said, and the next push may succeed."""
+
+    def __init__(self, push: Callable[[Path, str], object]):
+        self.push = push
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            try:
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                self.push(folder, f"Training in progress, step {state.global_step}")
+            except (OSError, ValueError) as error:
+                tqdm.write(f"Not pushed: {error}")

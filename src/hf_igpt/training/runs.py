@@ -1,0 +1,355 @@
+"""The life of a run: begin or resume it, build its model, train, and finish. `run.json` is the first thing that a run writes.
+
+`run.json` holds `recipe` (how the model is made, in words, for its card), `identity` (what a resumed run must have in common with
+this one), `train_val_split`, and `arguments` (those of training, resolved). A folder that is not empty and has none is not ours.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import has_length
+
+from .. import evaluation
+from ..configuration_imagegpt import ImageGPTConfig
+from ..data import TrainingImages
+from ..evaluation import RECORDS, RUN
+from ..modeling_imagegpt import (
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+    ImageGPTForMaskedImageModeling,
+)
+from .arguments import FinetuningArguments, ModelArguments, RecipeArguments
+from .callbacks import Clock, ImageProgress, PushCheckpoints
+from .trainer import ImageGPTTrainer
+
+
+MODELS = {"causal": ImageGPTForCausalImageModeling, "masked": ImageGPTForMaskedImageModeling}
+
+
+def log_main(text: str):
+    """Write a line in the main process alone, without breaking a progress bar."""
+    if PartialState().is_main_process:
+        tqdm.write(text)
+
+
+# -- begin and resume --------------------------------------------------------------------------------------------------
+
+
+def begin(args: RecipeArguments) -> str | None:
+    """Check the output folder and --report_to, seed everything, and say so; returns the checkpoint to continue from."""
+    checkpoint = find_checkpoint(args)
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()  # fails where its package is not installed
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(f"--report_to {' '.join(args.report_to)}: {error}") from error
+    set_seed(args.seed)
+    log_main(f"Process {args.process_index} of {args.world_size} on {args.device}, seed {args.seed}")
+    if checkpoint:
+        log_main(f"Resuming from {checkpoint}")
+    return checkpoint
+
+
+def find_checkpoint(args: RecipeArguments) -> str | None:
+    """The checkpoint to resume from, if any. A folder that holds anything but an unfinished run of ours is a ValueError."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file.")
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if RECORDS in names:
+        raise ValueError(f"{folder} holds a finished run: give another --output_dir, or delete it.")
+    if names and RUN not in names:
+        raise ValueError(
+            f"{folder} holds something else ({', '.join(sorted(names)[:5])}), and no {RUN} of an unfinished run: give an empty "
+            "or a new --output_dir."
+        )
+    complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    last = str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+    if args.resume_from_checkpoint in (None, False, True, "False", "false", "True", "true"):
+        if str(args.resume_from_checkpoint).lower() == "true" and last is None:
+            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}.")
+        return last
+    if not Path(args.resume_from_checkpoint).is_dir():
+        raise ValueError(f"There is no checkpoint at {args.resume_from_checkpoint}.")
+    return args.resume_from_checkpoint
+
+
+def identity_of(model_args: ModelArguments, images: TrainingImages, args: RecipeArguments) -> dict:
+    """The arguments that a resumed run must have in common with the one it resumes: images, split, palette, start, seed."""
+    values = model_args.identity() | images.identity() | {"seed": args.seed}
+    return {name: values[name] for name in sorted(values)}
+
+
+def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict):
+    """ValueError if a checkpoint is of another model, seed, data or palette: held-out images must stay held out."""
+    file = Path(checkpoint).parent / RUN
+    if not file.is_file():
+        raise ValueError(f"There is no {file} to tell how {checkpoint} was trained: give another --output_dir.")
+    was = json.loads(file.read_text()).get("identity")
+    if not isinstance(was, dict):
+        raise ValueError(
+            f"{file} was written by an older version of hf_igpt and does not hold the arguments of the run, so {checkpoint} "
+            "cannot be resumed: finish it with that version, or give another --output_dir."
+        )
+    for name, value in identity.items():
+        if was.get(name) != value:
+            raise ValueError(
+                f"{checkpoint} was trained with --{name} {was.get(name)}, not {value}: repeat that, or give another --output_dir."
+            )
+    then, now = ImageGPTConfig.from_pretrained(checkpoint).to_diff_dict(), config.to_diff_dict()
+    for name in sorted((then.keys() | now.keys()) - {"architectures", "dtype", "transformers_version"}):
+        if then.get(name) != now.get(name):
+            raise ValueError(
+                f"{checkpoint} has {name} = {then.get(name)}, this run {now.get(name)}: another run needs another --output_dir."
+            )
+
+
+def write_run(args: RecipeArguments, model_args: ModelArguments, images: TrainingImages, model, n_images: int | None):
+    """Write `run.json` and the image processor; from here on everything has been checked."""
+    if not args.should_save:
+        return
+    resolved = {field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init}
+    run = {
+        "identity": identity_of(model_args, images, args),
+        "train_val_split": images.identity()["train_val_split"],
+        "recipe": describe_recipe(args, model_args, images, model, n_images),
+        "arguments": {name: value for name, value in resolved.items() if "token" not in name},
+    }
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with evaluation.whole_file(folder / RUN) as partial:
+        partial.write_text(json.dumps(run, indent=1, default=str) + "\n")
+    images.processor.save_pretrained(folder)
+
+
+def describe_recipe(args, model_args, images: TrainingImages, model, n_images: int | None) -> dict:
+    """How a model is made, for its card: plain values, no path of this machine."""
+    config, head = model.config, {}
+    if isinstance(args, FinetuningArguments):
+        weight = args.generative_loss_weight
+        head = {
+            "classes": f"{config.num_labels}",
+            "loss": f"classification + {weight:g} x generative" if weight else "classification",
+        }
+        if config.objective == "causal":
+            words = {"sos": "SOS first, as in pretraining", "raw": "raw pixels"}
+            head["classifier inputs"] = words[args.classifier_inputs]
+    if model_args.image_processor_name:
+        palette = "given"
+    else:
+        palette = "the checkpoint's" if model_args.model_name_or_path else "fitted to the training images"
+    return (
+        head
+        | {"objective": config.objective, "size": evaluation.size_of(config) or "custom"}
+        | images.recipe(n_images)
+        | {
+            "palette": palette,
+            "started from": "an earlier checkpoint" if model_args.model_name_or_path else "random weights",
+        }
+        | args.recipe(n_images)
+    )
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def load_config(model_args: ModelArguments, objective: str | None) -> ImageGPTConfig | None:
+    """The configuration of the checkpoint that a run starts from; None for a new model."""
+    name = model_args.model_name_or_path
+    if not name:
+        return None
+    if model_args.config_overrides:
+        raise ValueError("--config_overrides is for new models: leave it or --model_name_or_path out.")
+    config = ImageGPTConfig.from_pretrained(name, **model_args.hub_source())
+    for field in ("auto_map", "custom_pipelines"):  # of a published folder, whose code is not copied
+        vars(config).pop(field, None)
+    if objective not in (None, config.objective):
+        raise ValueError(f"--objective {objective}: the weights of {name} are {config.objective}.")
+    return config
+
+
+def new_config(model_args: ModelArguments, args: RecipeArguments, processor, **overrides) -> ImageGPTConfig:
+    """The configuration of --size for the processor's images, with `overrides` and --config_overrides."""
+    height, width = processor.token_grid()
+    overrides = {"objective": args.objective or "causal"} | overrides
+    config = ImageGPTConfig.from_preset(args.size, image_size=height, n_colors=len(processor.clusters), **overrides)
+    config.n_positions = height * width
+    if model_args.config_overrides:
+        known = config.to_dict()
+        config.update_from_string(model_args.config_overrides)
+        changed = {name: getattr(config, name) for name in known if hasattr(config, name)}
+        config = ImageGPTConfig.from_dict(changed)  # checked again as a whole
+    return config
+
+
+def build_model(model_args: ModelArguments, args: RecipeArguments, processor):
+    """A generative model of --objective, new or from a checkpoint, that fits the processor."""
+    config = load_config(model_args, args.objective)
+    if config is None:
+        config = new_config(model_args, args, processor)
+        model = MODELS[config.objective]._from_config(config, **model_args.attention())
+    else:
+        model = MODELS[config.objective].from_pretrained(
+            model_args.model_name_or_path, **model_args.hub_source(), **model_args.attention()
+        )
+    processor.check_fits(model.config)
+    return model
+
+
+def classifier_config(
+    model_args: ModelArguments, args: FinetuningArguments, classes: list[str]
+) -> ImageGPTConfig | None:
+    """The checkpoint's configuration, made a classifier's; None for a new model. ValueError: its head knows other classes."""
+    config = load_config(model_args, args.objective)
+    if config is None:
+        return None
+    if is_classifier(config):
+        known = [config.id2label[index] for index in range(config.num_labels)]
+        generic = [f"LABEL_{index}" for index in range(len(classes))]
+        if known not in (classes, generic):
+            raise ValueError(
+                f"{model_args.model_name_or_path} classifies {summarize_names(known)}; the images have "
+                f"{summarize_names(classes)}: start from a pretrained model, whose head is new."
+            )
+    for name, value in _head_fields(args, config.objective, classes).items():
+        setattr(config, name, value)
+    return config
+
+
+def build_classifier(
+    model_args: ModelArguments, args: FinetuningArguments, processor, config: ImageGPTConfig | None, classes: list[str]
+) -> ImageGPTForImageClassification:
+    """A classifier of `classes` from a checkpoint with `config` of `classifier_config`, or a new one (None)."""
+    if config is None:
+        head = _head_fields(args, args.objective or "causal", classes)
+        config = new_config(model_args, args, processor, **head)
+        model = ImageGPTForImageClassification._from_config(config, **model_args.attention())
+    else:
+        has_head = is_classifier(config)
+        model, found = ImageGPTForImageClassification.from_pretrained(
+            model_args.model_name_or_path,
+            config=config,
+            ignore_mismatched_sizes=True,  # a converted checkpoint may hold a head of other classes
+            output_loading_info=True,
+            **model_args.hub_source(),
+            **model_args.attention(),
+        )
+        missing = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        missing -= {"score.weight", "lm_head.weight"}
+        if missing:
+            raise ValueError(
+                f"{model_args.model_name_or_path} lacks {', '.join(sorted(missing)[:5])} of the shape its configuration says: "
+                "it is damaged, or no Image GPT."
+            )
+        if not has_head:
+            torch.nn.init.zeros_(model.score.weight)  # a new head, also where the checkpoint holds one of other classes
+    processor.check_fits(model.config)
+    return model
+
+
+def is_classifier(config: ImageGPTConfig) -> bool:
+    """Whether a configuration was saved with a classifier."""
+    return (config.architectures or [None])[0] == "ImageGPTForImageClassification"
+
+
+def summarize_names(names: list[str]) -> str:
+    """A list of classes in words, of which the first five are named."""
+    return f"{len(names)} classes ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+
+
+def _head_fields(args: FinetuningArguments, objective: str, classes: list[str]) -> dict:
+    """What a classifier's configuration says in addition to a pretrained model's."""
+    return {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: index for index, name in enumerate(classes)},
+        "sos_inputs": objective == "causal" and args.classifier_inputs == "sos",
+        "generative_loss_weight": args.generative_loss_weight,
+    }
+
+
+# -- train and finish --------------------------------------------------------------------------------------------------
+
+
+def build_trainer(
+    args: RecipeArguments, model, train, held_out, processor, publish: Callable[..., object], callbacks=()
+) -> ImageGPTTrainer:
+    """The Trainer of a run, with its clock, progress and pushes. publish: as `ImageGPTTrainer` takes it."""
+    clock = None if args.max_minutes is None else Clock(args.max_minutes, args.device)
+    trainer = ImageGPTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=processor,
+        clock=clock,
+        publish=publish,
+        callbacks=callbacks,
+    )
+    if args.pushes_checkpoints and trainer.saves_shards:
+        log_main("Only the finished model is pushed: sharded checkpoints hold no whole one.")
+    elif args.pushes_checkpoints:
+        trainer.add_callback(PushCheckpoints(trainer.publish_folder))
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ImageProgress(trainer.images_seen))
+    return trainer
+
+
+def log_plan(trainer: ImageGPTTrainer, images: TrainingImages, held_out: str):
+    """Say what is trained, on what. held_out: how many images are held out, in words."""
+    processor, rows = images.processor, trainer.train_dataset
+    grid = "x".join(map(str, processor.token_grid()))
+    log_main(
+        f"Training {trainer.model.num_parameters():,} parameters ({trainer.model.config.objective}) on {images.name}: "
+        f"{grid} pixels, {len(processor.clusters)} colours, {trainer.args.images_per_step()} images a step"
+        + (f", {len(rows):,} images, {held_out}" if has_length(rows) else "")
+    )
+
+
+def train(trainer: ImageGPTTrainer, checkpoint: str | None):
+    """Train, and save the model and the log; `finish` pushes them, for a push needs the records."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.clock and trainer.state.global_step < trainer.state.max_steps and trainer.clock.fraction() >= 1:
+        seen, planned = map(trainer.images_seen, (trainer.state.global_step, trainer.state.max_steps))
+        log_main(f"Stopped by --max_minutes {trainer.args.max_minutes:g} after {seen:,} of {planned:,} images.")
+    trainer.save_model(_internal_call=True)
+    trainer.save_state()
+
+
+def finish(trainer: ImageGPTTrainer):
+    """Publish the run if it was asked for, and wait until what the main process wrote is there for all."""
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()
+
+
+def training_record(
+    trainer: ImageGPTTrainer, metric, value, data_name, split, n: int, step: int, settings=None
+) -> evaluation.Record:
+    """A record of the trainer's model as it was after `step` steps, measured on `n` images."""
+    config = trainer.model.config
+    masks = (settings or {}).get("masks", 0)
+    by = f", {masks} mask{'s' if masks > 1 else ''}" if masks else ""
+    size = evaluation.size_of(config) or f"{config.n_layer} x {config.n_embd}"
+    seen, parameters = trainer.images_seen(step), trainer.model.num_parameters()
+    masked = "masked " if config.objective == "masked" else ""
+    return evaluation.Record(
+        metric=metric,
+        value=float(value),
+        unit={"nats_per_pixel": "nats/pixel", "accuracy": "fraction"}[metric],
+        split=split,
+        n=n,
+        seed=trainer.args.seed,
+        model=f"Image GPT {masked}{size}, {parameters:,} parameters, {seen:,} images seen{by}",
+        data=data_name,
+        settings={"objective": config.objective, "size": size, "parameters": parameters, "images seen": seen}
+        | (settings or {}),
+    )
