@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_milestones_are_kept_and_change_nothing(pretrained, tmp_path, greys):  #
             entry["eval_nats_per_pixel"] for entry in log if entry.get("step") == 30 and "eval_nats_per_pixel" in entry
         )
     )
-    options = {"max_steps": 60, "num_samples": 2, "eval_strategy": "steps", "save_strategy": "steps"}
+    options = {"max_steps": 60, "eval_strategy": "steps", "save_strategy": "steps"}
     run(tmp_path, greys, save_steps=30, eval_steps=30, **options)
     assert_same_run(folder, tmp_path, weight_tolerance=0)
 
@@ -244,7 +245,7 @@ def test_a_resumed_run_stops_where_an_uninterrupted_one_does(pretrained, tmp_pat
     fit(tmp_path / "resumed", start, images, **options)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed", weight_tolerance=0)
     (tmp_path / "resumed" / "records.json").unlink()
-    with pytest.raises(ValueError, match="other arguments"):  # a run from random weights does not go on with this one
+    with pytest.raises(ValueError, match="with --image_processor_name None, not"):  # a run from random weights does not go on with this one
         fit(tmp_path / "resumed", {"image_processor_name": str(pretrained / "causal")}, images, **options)
 
 
@@ -300,7 +301,6 @@ def unlabelled(folder):
     [
         ({"generative_loss_weight": -1.0}, "generative_loss_weight is at least 0"),
         ({"num_masks": 0}, "num_masks is at least 1"),
-        ({"milestones": "0.5"}, "milestones are of pretraining"),
         ({"metric_for_best_model": "nats_per_pixel", "generative_loss_weight": 0.0}, "metric_for_best_model is one of"),
         ({"damaged": True}, "bare lacks transformer.h.0.mlp.c_fc.weight"),
         ({"images": unlabelled}, "have no labels"),
@@ -331,6 +331,10 @@ def test_refusals_leave_nothing_behind(options, message, pretrained, tmp_path):
     with pytest.raises(ValueError, match=message):
         fit(tmp_path / "run", from_folder(folder), **options)
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_flags_of_pretraining_alone_are_none_of_fine_tuning():
+    assert not {"milestones", "num_samples"} & {field.name for field in fields(FinetuningArguments)}
 
 
 def test_a_head_of_other_classes_is_refused(finished, tmp_path):

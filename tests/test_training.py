@@ -172,6 +172,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, greys):
     (tmp_path / "resumed").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     for begun in (
+        "run.json",
         "palette.png",
         "preprocessor_config.json",
         "model.safetensors",
@@ -204,6 +205,7 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(tmp_path, greys):
         if name == "resumed":
             (tmp_path / name).mkdir()
             shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / name / "checkpoint-4")
+            shutil.copy(tmp_path / "whole" / "run.json", tmp_path / name)
         run(tmp_path / name, greys, **options)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed", weight_tolerance=0)
 
@@ -314,6 +316,7 @@ def test_a_resumed_run_has_the_time_that_was_left(tmp_path, greys):
     (tmp_path / "resumed").mkdir()
     step = f"checkpoint-{last['step'] // 20 * 20}"
     shutil.copytree(tmp_path / "whole" / step, tmp_path / "resumed" / step)
+    shutil.copy(tmp_path / "whole" / "run.json", tmp_path / "resumed")
     run(tmp_path / "resumed", greys, max_steps=10**6, **options)
     assert history(tmp_path / "resumed")[-1]["step"] < last["step"] + 40  # not a whole budget again
 
@@ -433,6 +436,12 @@ def test_foreign_and_finished_folders_are_refused(tmp_path, greys):
         (tmp_path / model_of_another / "folder" / model_of_another).write_text("{}")
         with pytest.raises(ValueError, match="holds something else"):
             run(tmp_path / model_of_another / "folder", greys)
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "model.safetensors").write_text("weights")
+    (tmp_path / "converted" / "run.json").write_text('{"recipe": {"converted from": "model.ckpt-1"}}')
+    with pytest.raises(ValueError, match="holds a model whose run"):
+        run(tmp_path / "converted", greys)
+    assert (tmp_path / "converted" / "model.safetensors").read_text() == "weights"
     run(tmp_path / "done", greys, max_steps=1)
     with pytest.raises(ValueError, match="finished run"):
         run(tmp_path / "done", greys, max_steps=1)
@@ -442,7 +451,7 @@ def test_foreign_and_finished_folders_are_refused(tmp_path, greys):
     ("options", "message"),
     [
         ({"seed": 2}, "--seed 1, not 2"),
-        ({"images": {"train_val_split": 0.5}}, "other arguments of data"),
+        ({"images": {"train_val_split": 0.5}}, "--train_val_split None, not 0.5"),
         ({"model": {"config_overrides": "n_layer=1"}}, "n_embd = 32, this run 128"),
     ],
 )
@@ -453,6 +462,27 @@ def test_another_run_does_not_resume(tmp_path, greys, options, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, greys, max_steps=2, **options)
     run(tmp_path, greys, max_steps=2)
+
+
+def test_a_run_of_an_older_version_is_not_resumed(tmp_path, greys):
+    run(tmp_path, greys, max_steps=2, save_strategy="steps", save_steps=1)
+    (tmp_path / "records.json").unlink()
+    begun = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(begun | {"identity": "9f86d081884c7d65"}))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match="begun by an older version of hf_igpt"):
+        run(tmp_path, greys, max_steps=2)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_run_begins_with_its_resolved_arguments(tmp_path, greys):
+    run(tmp_path, greys, max_steps=4, eval_strategy="steps", eval_steps=0.5)
+    begun = json.loads((tmp_path / "run.json").read_text())
+    found = begun["arguments"]
+    assert (found["learning_rate"], found["per_device_train_batch_size"], found["eval_steps"]) == (1e-3, 16, 2)
+    assert (found["warmup_steps"], found["size"], found["seed"]) == (0, "tiny", 1)
+    assert not any("token" in name for name in found)
+    assert begun["identity"]["num_colors"] is None and begun["identity"]["seed"] == 1
 
 
 def test_resuming_from_elsewhere_needs_a_folder_of_its_own(tmp_path, greys):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
@@ -71,6 +71,15 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
             f"{folder} holds something else ({', '.join(sorted(names)[:5])}), and no {RUN} of an unfinished run: give an empty "
             "or a new --output_dir."
         )
+    if RUN in names:
+        identity = json.loads((folder / RUN).read_text()).get("identity")
+        if identity is None:
+            raise ValueError(f"{folder} holds a model whose run is not to be continued: give another --output_dir.")
+        if not isinstance(identity, dict):
+            raise ValueError(
+                f"The run in {folder} was begun by an older version of hf_igpt, which did not write down its arguments, and "
+                "cannot be resumed: finish it with that version, or give another --output_dir."
+            )
     complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     last = str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
     if args.resume_from_checkpoint in (None, False, True, "False", "false", "True", "true"):
@@ -96,8 +105,8 @@ def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict):
     was = json.loads(file.read_text()).get("identity")
     if not isinstance(was, dict):
         raise ValueError(
-            f"{file} was written by an older version of hf_igpt and does not hold the arguments of the run, so {checkpoint} "
-            "cannot be resumed: finish it with that version, or give another --output_dir."
+            f"{checkpoint} was written by an older version of hf_igpt, which did not write down its arguments, and cannot be "
+            "resumed: finish it with that version, or start anew."
         )
     for name, value in identity.items():
         if was.get(name) != value:
@@ -116,7 +125,7 @@ def write_run(args: RecipeArguments, model_args: ModelArguments, images: Trainin
     """Write `run.json` and the image processor; from here on everything has been checked."""
     if not args.should_save:
         return
-    resolved = {field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init}
+    resolved = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
     run = {
         "identity": identity_of(model_args, images, args),
         "train_val_split": images.identity()["train_val_split"],
