@@ -21,7 +21,8 @@ from pyarrow.compute import struct_field
 from tqdm.auto import tqdm
 
 from .clusters import lookup_table
-from .image_processing_imagegpt import ImageGPTImageProcessorPil, InstalledProcessor, to_rgb_image
+from .image_processing_imagegpt import ImageGPTImageProcessorPil, InstalledProcessor
+from .pixels_imagegpt import to_rgb_image
 from .presets import (
     CROP_SHORTER_SIDE,
     CROP_SIZE,

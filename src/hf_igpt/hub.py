@@ -24,6 +24,7 @@ from .evaluation import RECORDS, RUN, read_records
 CODE = (
     "presets.py",
     "clusters.py",
+    "pixels_imagegpt.py",
     "image_processing_imagegpt.py",
     "configuration_imagegpt.py",
     "modeling_imagegpt.py",
