@@ -159,17 +159,19 @@ class _ColorQuantization(BaseImageProcessor):
                 input_data_format = ChannelDimension.FIRST
         return super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
 
-    def _validate_preprocess_kwargs(self, do_center_crop=None, crop_size=None, **kwargs):
-        # Without a crop size the crop is the largest square, so none is required.
+    def _validate_preprocess_kwargs(
+        self, do_center_crop=None, crop_size=None, resample=None, do_color_quantize=None, clusters=None, **kwargs
+    ):
+        # Without a crop size the crop is the largest square, so transformers need not ask for one.
+        do_center_crop = do_center_crop and crop_size is not None
         super()._validate_preprocess_kwargs(
-            do_center_crop=do_center_crop and crop_size is not None, crop_size=crop_size, **kwargs
+            do_center_crop=do_center_crop, crop_size=crop_size, resample=resample, **kwargs
         )
-        resample = kwargs.get("resample")
         if isinstance(resample, int) and resample not in _FILTERS:
             raise ValueError(
                 f"resample is one of {[*PILImageResampling]}, a resampling filter of PIL; found {resample}."
             )
-        if kwargs.get("do_color_quantize") and kwargs.get("clusters") is None:
+        if do_color_quantize and clusters is None:
             raise ValueError(
                 "This image processor has no palette. Pass `clusters`, an array (K, 3) of RGB colours in [-1, 1]; "
                 "scripts/run_clusters.py fits one to your images."
@@ -324,16 +326,20 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
     shape or range, an empty or unreadable image (its index or path).
     """
 
-    # An 8-bit image stays a PIL image until it is tokens: no array is made and no type is converted in between.
+    # An 8-bit image is neither copied nor converted to floats before it is tokens, and a PIL image stays one until then.
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs):
-        if do_convert_rgb and not is_floating(image):
-            return to_rgb_image(image, input_data_format)
-        return super().process_image(image, do_convert_rgb, input_data_format, **kwargs)
+        if not do_convert_rgb:
+            return super().process_image(image, do_convert_rgb, input_data_format, **kwargs)
+        image = convert_to_rgb(reduce_depth(image), input_data_format)
+        return image.numpy() if torch.is_tensor(image) else image
 
     def resize(self, image, size, resample=None, **kwargs):
-        if isinstance(image, Image.Image) and size.height and size.width and resample in _FILTERS:
-            width_height = (size.width, size.height)
-            return image if image.size == width_height else image.resize(width_height, resample)
+        is_pil = isinstance(image, Image.Image)
+        shape = (size.height, size.width)
+        if is_eight_bit(image) and shape == (image.size[::-1] if is_pil else image.shape[1:]):
+            return image
+        if all(shape) and resample in _FILTERS and (is_pil or (is_eight_bit(image) and len(image) == 3)):
+            return to_rgb_image(image, ChannelDimension.FIRST).resize(shape[::-1], resample)
         return super().resize(to_channels_first(image), size, resample, **kwargs)
 
 
@@ -364,9 +370,14 @@ def _quantize_images(images: list[Image.Image | ImageArray], clusters) -> np.nda
     """
     if all(isinstance(image, Image.Image) and image.size == images[0].size for image in images):
         return nearest_color_of_codes(_pack_colors(images), clusters).reshape(len(images), -1)
-    palette = check_palette(clusters)
-    rows = [nearest_color(to_pixels(image), palette).reshape(-1) for image in images]
-    return np.stack(rows) if len({len(row) for row in rows}) == 1 else rows
+    arrays = [to_pixels(image) for image in images]
+    if len({(array.shape, array.dtype) for array in arrays}) == 1:
+        arrays = [np.concatenate(arrays)]  # one look-up is faster
+    if any(array.dtype != np.uint8 for array in arrays):
+        clusters = check_palette(clusters)  # the look-up table's palette is checked already
+    tokens = [nearest_color(array, clusters).reshape(-1) for array in arrays]
+    same_length = len({len(row) for row in tokens}) == 1
+    return np.stack(tokens).reshape(len(images), -1) if same_length else tokens
 
 
 def _pack_colors(images: list[Image.Image]) -> np.ndarray:

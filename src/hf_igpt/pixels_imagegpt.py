@@ -46,12 +46,12 @@ def to_pixels(image: Image.Image | ImageArray) -> np.ndarray:
     """Return the pixels of a PIL image, or of an array (C, H, W), as a numpy array (H, W, C)."""
     if isinstance(image, Image.Image):
         return np.asarray(image)
-    return np.moveaxis(np.asarray(image.cpu() if torch.is_tensor(image) else image), 0, -1)
+    return np.asarray(image.cpu() if torch.is_tensor(image) else image).transpose(1, 2, 0)
 
 
 def to_channels_first(image: Image.Image | ImageArray) -> ImageArray:
     """Return a PIL image of mode RGB as a numpy array (3, H, W). Arrays are returned as they are."""
-    return np.moveaxis(np.asarray(image), -1, 0) if isinstance(image, Image.Image) else image
+    return np.asarray(image).transpose(2, 0, 1) if isinstance(image, Image.Image) else image
 
 
 def is_floating(image: Image.Image | ImageArray) -> bool:
