@@ -25,6 +25,7 @@ from .image_processing_imagegpt import InstalledProcessor
 CODE = (
     "presets.py",
     "clusters.py",
+    "pixels_imagegpt.py",
     "image_processing_imagegpt.py",
     "configuration_imagegpt.py",
     "modeling_imagegpt.py",

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from ..image_processing_imagegpt import to_rgb_image
+from ..pixels_imagegpt import to_rgb_image
 from ..presets import CROP_SHORTER_SIDE, CROP_SIZE
 
 
