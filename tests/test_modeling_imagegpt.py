@@ -580,7 +580,7 @@ def test_masked_models_bad_inputs(masked_model, model, tokens):
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     with pytest.raises(ValueError, match="pass `bool_masked_pos`"):
         masked_model(labels=tokens)
-    with pytest.raises(ValueError, match="is boolean, of the tokens' shape"):
+    with pytest.raises(ValueError, match="is boolean and has the tokens' shape"):
         masked_model(labels=tokens, bool_masked_pos=mask[:, :3])
     with pytest.raises(ValueError, match="this one is causal"):
         model.transformer(tokens, bool_masked_pos=mask)

@@ -28,6 +28,9 @@ CODE = (
     "pixels_imagegpt.py",
     "image_processing_imagegpt.py",
     "configuration_imagegpt.py",
+    "inputs_imagegpt.py",
+    "layers_imagegpt.py",
+    "cache_imagegpt.py",
     "modeling_imagegpt.py",
     "pipelines.py",
 )
