@@ -57,7 +57,7 @@ def test_depths():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (PIXELS / 255, "integer grey levels 0..255; found float64"),
+        (PIXELS / 255, "integer grey levels 0..255; found an array of float64"),
         (PIXELS.astype(int) + 1000, "outside the grey levels 0..255"),
         (PIXELS.astype(int) - 256, "outside the grey levels 0..255"),
         (PIXELS[..., :2], r"found \(6, 9, 2\)"),

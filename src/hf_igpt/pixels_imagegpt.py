@@ -37,7 +37,7 @@ def to_rgb_image(image: Image.Image | ImageArray, layout: ChannelDimension | str
         return convert_to_rgb(reduce_depth(image))
     image = image if torch.is_tensor(image) else np.asarray(image)
     if is_floating(image):
-        raise ValueError(f"Image arrays hold integer grey levels 0..255; found {image.dtype}.")
+        raise ValueError(f"Image arrays hold integer grey levels 0..255; found an array of {image.dtype}.")
     image = convert_to_rgb(reduce_depth(image[None] if image.ndim == 2 else image), layout)
     return Image.fromarray(np.ascontiguousarray(to_pixels(image)))
 
