@@ -306,6 +306,7 @@ def test_eight_bit_images_give_the_tokens_of_the_general_path(palette, monkeypat
         torch.tensor(PIXELS),
         torch.tensor(PIXELS.transpose(2, 0, 1)),
     ]
+    as_given = Processor.process_image
     crop = {"do_center_crop": True}
     sizes = [{"height": height, "width": width} for height, width in ((8, 8), (20, 30), (3, 30))]
     for options in [{"size": size} | more for size in sizes for more in ({}, crop)]:
@@ -314,8 +315,7 @@ def test_eight_bit_images_give_the_tokens_of_the_general_path(palette, monkeypat
         together = np.concatenate([processor(batch)["input_ids"] for batch in (images[:4], images[4:5] * 3)])
         assert np.array_equal(together, np.concatenate([*short[:4], *[short[4]] * 3]))
         with monkeypatch.context() as patch:
-            process_image = Processor.process_image
-            patch.setattr(Processor, "process_image", lambda *a, **o: to_channels_first(process_image(*a, **o)))
+            patch.setattr(Processor, "process_image", lambda *a, **o: to_channels_first(as_given(*a, **o)))
             for image, tokens in zip(images, short, strict=True):
                 assert np.array_equal(processor(image)["input_ids"], tokens)
             patch.setattr(image_processing_imagegpt, "_normalizes_to_palette_range", lambda *options: False)

@@ -1,4 +1,4 @@
-"""The image processor's tests once more, with torchvision's backend."""
+"""The image processor's tests once more, with the torchvision backend."""
 
 import os
 import subprocess
@@ -18,9 +18,12 @@ FOLDER = os.environ.get("HF_IGPT_TORCHVISION")  # where `make test` puts torchvi
 @pytest.mark.skipif(not FOLDER, reason="torchvision is set up by `make test`")
 def test_image_processor_with_torchvision():
     """In a process of its own, because torchvision beside a CPU build of torch breaks unrelated imports."""
-    environment = os.environ | {"PYTHONPATH": FOLDER, "HF_IGPT_STUB_TORCHVISION": "1"}
-    tests = Path(__file__).parent / "test_image_processing_imagegpt.py"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tests)]
+    paths = os.pathsep.join(filter(None, [FOLDER, os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": paths, "HF_IGPT_STUB_TORCHVISION": "1"}
+    tests = [
+        str(Path(__file__).parent / name) for name in ("test_image_processing_imagegpt.py", "test_pixels_imagegpt.py")
+    ]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout and "skipped" not in run.stdout

@@ -1,7 +1,7 @@
 """The colour palette: fit it, find the nearest colour of a pixel, turn tokens back into colours, read it from a file.
 
 A palette is a float64 array (K, 3) of RGB colours in [-1, 1], the scale of OpenAI's `kmeans_centers.npy`: a grey level
-v in 0..255 stands at v / 127.5 - 1. Tokens are row numbers of the palette, 0..K-1. This is the only module that
+v in 0..255 becomes v / 127.5 - 1. Tokens are row indices into the palette, 0..K-1. This is the only module that
 computes a distance between colours.
 """
 
@@ -13,14 +13,16 @@ import numpy as np
 
 
 MAX_COLORS = 65535  # tokens and SOS, the palette's length, are stored as uint16
-_CHUNK = 8192  # pixels whose distances to all colours are held at once: 8192 x 512 x 8 bytes = 32 MiB
-_LOOKUP = 32768  # pixels looked up at once, so that their codes stay in the processor's cache
-# Cells of the colour cube, from coarse to fine: side in grey levels, and how many candidates are few enough to compare at
-# every colour of the cell. Any values give the same table; these give it soon.
+_CHUNK = 8192  # pixels per block of distances to all colours: 8192 x 512 x 8 bytes = 32 MiB
+_LOOKUP = 32768  # pixels per block of look-ups, small enough for their codes to stay in the CPU's cache
+# Cells of the colour cube, from coarse to fine: side in grey levels, and up to how many candidates are compared at every
+# colour of the cell. Any values give the same table; these build it fast.
 _CELLS = ((32, 1), (8, 6), (4, MAX_COLORS))
-_WORK = 32768  # distances held at once while the table is built
-_ROUNDING = 1e-12  # over what rounding does to a squared distance of colours in [-1, 1]: 12 x 2^-52, a few times
-_PORTION = 20  # of Lloyd's iterations
+_WORK = 32768  # distances per block while the table is built
+_ROUNDING = (
+    1e-12  # a bound, with room, on the rounding of a squared distance of colours in [-1, 1]: 12 x 2^-52, a few times
+)
+_PORTION = 20  # Lloyd iterations per update of the progress bar
 _MAX_ITERATIONS = 1000
 
 
@@ -28,7 +30,7 @@ def check_palette(clusters) -> np.ndarray:
     """Return `clusters` as a float64 array (K, 3), or raise ValueError.
 
     Accepts anything array-like (lists, numpy, torch). Colours must be finite and lie in [-1, 1]; colours in 0..255 are
-    refused rather than guessed. Repeated colours are allowed: the lowest of equal rows is the one that is used.
+    rejected, not rescaled by a guess. Repeated colours are allowed: of equal rows the lowest index is used.
     """
     palette = np.asarray(clusters, dtype=np.float64)
     if palette.ndim != 2 or palette.shape[1] != 3 or not 1 <= len(palette) <= MAX_COLORS:
@@ -44,22 +46,22 @@ def check_palette(clusters) -> np.ndarray:
 
 
 def to_unit_range(grey_levels) -> np.ndarray:
-    """Grey levels 0..255, any shape -> float64 in [-1, 1], the palette's scale."""
+    """Map grey levels 0..255, of any shape, to float64 in [-1, 1], the palette's scale."""
     return np.asarray(grey_levels, dtype=np.float64) / 127.5 - 1
 
 
 def to_grey_levels(colors) -> np.ndarray:
-    """Colours in [-1, 1], any shape -> uint8 0..255, rounded to the nearest level [code run.py sample]."""
+    """Map colours in [-1, 1], of any shape, to uint8 0..255, rounded to the nearest level [code run.py sample]."""
     return np.rint((np.asarray(colors, dtype=np.float64) + 1) * 127.5).astype(np.uint8)
 
 
 def nearest_color(pixels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Index of the palette colour nearest to each pixel, in squared Euclidean distance.
+    """Return the index of the palette colour nearest to each pixel, in squared Euclidean distance.
 
     pixels: (..., 3), uint8 grey levels, or floats on the palette's scale. clusters: (K, 3) from `check_palette`.
     Returns int64 (...), in 0..K-1. Distances are summed in float64 as (dR² + dG²) + dB²; of equally near colours the
     lowest index wins. Follows OpenAI's `color_quantize` (src/utils.py) without its rounding. Uint8 pixels are looked up
-    in `lookup_table`, which the first of them builds.
+    in `lookup_table`, which is built on first use.
     """
     pixels = np.asarray(pixels)
     if pixels.ndim < 1 or pixels.shape[-1] != 3:
@@ -73,7 +75,10 @@ def nearest_color(pixels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
 
 
 def nearest_color_of_codes(codes: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """As `nearest_color`, of 8-bit colours written as one number each, R << 16 | G << 8 | B: (n,) uint32 -> int64 (n,)."""
+    """Do what `nearest_color` does for 8-bit colours packed into one number each.
+
+    codes: (n,) uint32, R << 16 | G << 8 | B. Returns int64 (n,).
+    """
     table = lookup_table(clusters)
     tokens = np.empty(len(codes), np.int64)
     for start in range(0, len(codes), _LOOKUP):
@@ -82,11 +87,11 @@ def nearest_color_of_codes(codes: np.ndarray, clusters: np.ndarray) -> np.ndarra
 
 
 def lookup_table(clusters: np.ndarray) -> np.ndarray:
-    """Nearest palette colour of all 2^24 colours: uint16 (2^24,) at R << 16 | G << 8 | B, 32 MiB, read-only.
+    """Return the nearest palette colour of all 2^24 colours: uint16 (2^24,), 32 MiB, read-only.
 
-    clusters: a palette, float64 (K, 3); what `check_palette` refuses is a ValueError. Equal, bit for bit, to comparing
-    float64 distances to all K colours, of equal ones the lowest index. Built once for each palette, in tenths of a second
-    for 512 colours.
+    The index is R << 16 | G << 8 | B. clusters: a palette, float64 (K, 3); one that `check_palette` rejects is a
+    ValueError. The table equals, bit for bit, a comparison of float64 distances to all K colours in which the lowest of
+    equal indices wins. It is built once per palette, in tenths of a second for 512 colours.
     """
     clusters = np.asarray(clusters, dtype=np.float64)
     return _lookup_table(clusters.tobytes(), clusters.shape)
@@ -95,11 +100,11 @@ def lookup_table(clusters: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=4)
 def _lookup_table(palette: bytes, shape: tuple) -> np.ndarray:
     clusters = check_palette(np.frombuffer(palette).reshape(shape))
-    # Of equal colours only the first can be the nearest. Colours below are rows of `colors`, in the palette's order.
+    # Of equal colours only the first can win. Below, candidates are rows of `colors`, which keeps the palette's order.
     rows = np.sort(np.unique(clusters, axis=0, return_index=True)[1])
     colors = clusters[rows]
     table = np.empty((256, 256, 256), np.uint16)
-    # Cells, each with its candidates: the colours that are nearest somewhere in it. At first the whole cube, with all.
+    # Each cell has candidates, the colours that may be nearest somewhere in it. The first cell is the whole cube, with all.
     corners, counts, candidates = np.zeros((1, 3), np.int64), np.array([len(rows)]), np.arange(len(rows))
     side = 256
     for smaller, few in _CELLS:
@@ -114,10 +119,10 @@ def _lookup_table(palette: bytes, shape: tuple) -> np.ndarray:
     return table.reshape(-1)
 
 
-def _groups(counts: np.ndarray, candidates: np.ndarray, distances_of):
-    """Cells with about as many candidates: their indices (C,), and their candidates (C, m), the last repeated up to m.
+def _group_cells(counts: np.ndarray, candidates: np.ndarray, distances_of):
+    """Yield groups of cells with similar numbers of candidates: indices (C,), and candidates (C, m) padded with the last.
 
-    distances_of(m) is the number of distances that a cell of m candidates will need at once.
+    distances_of(m) is the number of distances that a cell of m candidates needs in memory.
     """
     starts = np.cumsum(counts) - counts
     order = np.argsort(counts, kind="stable")
@@ -130,17 +135,18 @@ def _groups(counts: np.ndarray, candidates: np.ndarray, distances_of):
 
 
 def _divide(corners, counts, candidates, side: int, smaller: int, colors: np.ndarray):
-    """Cells of `side` levels -> cells of `smaller` levels, each with those of its parent's candidates that can win in it.
+    """Divide cells of `side` levels into cells of `smaller` levels; each keeps its parent's candidates that can win in it.
 
-    In a box, d²(c) - d²(w) of two colours is linear: least at a corner, below its value at the centre by |c - w|₁ times
-    the box's width. So c can be nearer than w, the centre's nearest, only where that difference allows it.
+    In a box, d²(c) - d²(w) is linear for two colours c and w. Its minimum is at a corner, and lies |c - w|₁ times the
+    box's width below its value at the centre. So c can beat w, the nearest colour at the centre, only if the difference
+    at the centre is at most that.
     """
     n = side // smaller
     steps = np.arange(n) * smaller
     levels = to_unit_range(np.arange(256))
     width = to_unit_range(smaller - 1) - to_unit_range(0)  # of the box from the first to the last level of a cell
     all_corners, all_counts, all_candidates = [], [], []
-    for cells, found in _groups(counts, candidates, lambda m: m * n**3):
+    for cells, found in _group_cells(counts, candidates, lambda m: m * n**3):
         first = corners[cells][:, :, None] + steps  # (C, 3, n)
         centers = (levels[first] + levels[first + smaller - 1]) / 2
         color = colors[found].transpose(2, 0, 1)[..., None, :]  # (3, C, 1, m)
@@ -162,23 +168,23 @@ def _divide(corners, counts, candidates, side: int, smaller: int, colors: np.nda
 
 
 def _settle(table, corners, counts, candidates, side: int, colors: np.ndarray, rows: np.ndarray):
-    """Write the nearest of each cell's candidates at every colour of it into `table` (256, 256, 256)."""
+    """Write the nearest candidate at every colour of each cell into `table` (256, 256, 256)."""
     if not len(counts):
         return
     n = 256 // side
     table = table.reshape(n, side, n, side, n, side)
     levels = to_unit_range(np.arange(256))
     names = rows.astype(table.dtype)
-    for cells, found in _groups(counts, candidates, lambda m: side**3):
+    for cells, found in _group_cells(counts, candidates, lambda m: side**3):
         level = levels[corners[cells].T[:, None] + np.arange(side)[:, None]]  # (3, side, C)
         found = found.T  # (m, C), ascending
         tokens = np.empty((side, side, side, len(cells)), table.dtype)
         tokens[:] = names[found[0]]
         if len(found) > 1:
             best, distance, nearer = np.empty(tokens.shape), np.empty(tokens.shape), np.empty(tokens.shape, bool)
-            _distances(level, colors[found[0]], out=best)
+            _measure_distances(level, colors[found[0]], out=best)
             for candidate in found[1:]:
-                _distances(level, colors[candidate], out=distance)
+                _measure_distances(level, colors[candidate], out=distance)
                 np.less(distance, best, out=nearer)
                 np.minimum(distance, best, out=best)
                 np.copyto(tokens, names[candidate], where=nearer)
@@ -186,8 +192,11 @@ def _settle(table, corners, counts, candidates, side: int, colors: np.ndarray, r
         table[r, :, g, :, b] = tokens.transpose(3, 0, 1, 2)
 
 
-def _distances(level: np.ndarray, color: np.ndarray, out: np.ndarray):
-    """Squared distances of the colours of C cells, levels (3, side, C), to one colour for each, (C, 3): (side³, C)."""
+def _measure_distances(level: np.ndarray, color: np.ndarray, out: np.ndarray):
+    """Compute squared distances between the colours of C cells, levels (3, side, C), and one colour per cell, (C, 3).
+
+    out: (side³, C).
+    """
     r, g, b = np.square(level - color.T[:, None])  # each (side, C)
     np.add((r[:, None] + g)[:, :, None], b, out=out)
 
@@ -204,7 +213,7 @@ def _nearest_by_distance(pixels: np.ndarray, clusters: np.ndarray) -> np.ndarray
 
 
 def colors_of(tokens: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Tokens (...) in 0..K-1 -> their colours (..., 3) as uint8 grey levels."""
+    """Return the colours (..., 3) of tokens (...) in 0..K-1, as uint8 grey levels."""
     tokens = np.asarray(tokens)
     if tokens.size and (tokens.min() < 0 or tokens.max() >= len(clusters)):
         raise ValueError(
@@ -217,9 +226,9 @@ def colors_of(tokens: np.ndarray, clusters: np.ndarray) -> np.ndarray:
 def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0, progress: bool = False) -> np.ndarray:
     """Fit `n_colors` colours to `pixels` (n, 3) uint8 by k-means in RGB [V2 3.2]; returns a palette (n_colors, 3).
 
-    scikit-learn's k-means++ start and full Lloyd iterations until no assignment changes, on the distinct colours
-    weighted by their counts. Seeded: the same pixels and seed give the same palette. All colours are distinct;
-    fewer distinct colours in the data than asked for is a ValueError. 512 colours of a million pixels take about a
+    Runs scikit-learn's k-means++ initialisation and full Lloyd iterations until no assignment changes, on the distinct
+    colours weighted by their counts. The same pixels and seed give the same palette. All its colours are distinct; data
+    with fewer distinct colours than `n_colors` are a ValueError. Fitting 512 colours to a million pixels takes about a
     minute; `progress` shows a bar.
     """
     try:
@@ -245,7 +254,7 @@ def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0, progress: bool
     centers, _ = kmeans_plusplus(colors, n_colors, sample_weight=weights, random_state=seed)
     with tqdm(desc="Fitting the palette", unit="iteration", disable=None if progress else True) as bar:
         while True:
-            # Lloyd's iterations in portions, each from where the last one ended, for the sake of the bar.
+            # A few Lloyd iterations at a time, each run starting from the last one's centres, so that the bar can move.
             kmeans = KMeans(n_colors, init=centers, n_init=1, max_iter=_PORTION, tol=0, algorithm="lloyd")
             centers = kmeans.fit(colors, sample_weight=weights).cluster_centers_
             bar.update(kmeans.n_iter_)
@@ -261,7 +270,7 @@ def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0, progress: bool
 
 
 def distortion(pixels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """What quantising `pixels` (..., 3) uint8 loses: `rmse_grey_levels` over all channel values, and `psnr_db`."""
+    """Measure what quantising `pixels` (..., 3) uint8 loses: `rmse_grey_levels` over all channel values, and `psnr_db`."""
     restored = colors_of(nearest_color(pixels, clusters), clusters)
     rmse = float(np.sqrt(np.mean(np.square(restored.astype(np.float64) - pixels))))
     return {"rmse_grey_levels": rmse, "psnr_db": float("inf") if rmse == 0 else float(20 * np.log10(255 / rmse))}
@@ -280,6 +289,8 @@ def load_palette(path: str | Path) -> np.ndarray:
     if file.suffix == ".json":
         clusters = json.loads(file.read_text()).get("clusters")
         if clusters is None:
-            raise ValueError(f"{file} has no `clusters`: it is no ImageGPT image processor, or one without a palette.")
+            raise ValueError(
+                f"{file} has no `clusters`: it does not belong to an ImageGPT image processor with a palette."
+            )
         return check_palette(clusters)
-    raise ValueError(f"A palette is read from .npy or .json; found {file.name}.")
+    raise ValueError(f"A palette is a .npy or .json file; found {file.name}.")

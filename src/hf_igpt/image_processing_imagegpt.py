@@ -377,7 +377,7 @@ def _quantize_images(images: list[Image.Image | ImageArray], clusters) -> np.nda
         clusters = check_palette(clusters)  # the look-up table's palette is checked already
     tokens = [nearest_color(array, clusters).reshape(-1) for array in arrays]
     same_length = len({len(row) for row in tokens}) == 1
-    return np.stack(tokens).reshape(len(images), -1) if same_length else tokens
+    return np.concatenate(tokens).reshape(len(images), -1) if same_length else tokens
 
 
 def _pack_colors(images: list[Image.Image]) -> np.ndarray:
