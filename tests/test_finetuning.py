@@ -245,7 +245,9 @@ def test_a_resumed_run_stops_where_an_uninterrupted_one_does(pretrained, tmp_pat
     fit(tmp_path / "resumed", start, images, **options)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed", weight_tolerance=0)
     (tmp_path / "resumed" / "records.json").unlink()
-    with pytest.raises(ValueError, match="with --image_processor_name None, not"):  # a run from random weights does not go on with this one
+    with pytest.raises(
+        ValueError, match="with --image_processor_name None, not"
+    ):  # a run from random weights does not go on with this one
         fit(tmp_path / "resumed", {"image_processor_name": str(pretrained / "causal")}, images, **options)
 
 

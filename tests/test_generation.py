@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationMixin
 
-from hf_igpt import ImageGPTImageProcessorPil
+from hf_igpt import ImageGPTImageProcessorPil, generation, pipelines
+from hf_igpt.cache_imagegpt import RoomyLayer
 from hf_igpt.data import DataArguments
 from hf_igpt.generation import SampleArguments, complete, draw, picture_of_completions, sample
-from hf_igpt.modeling_imagegpt import RoomyLayer
 
 
 @pytest.fixture
@@ -114,3 +115,40 @@ def test_bf16_is_of_weights_and_cache(model, processor, tmp_path, monkeypatch):
         types.clear()
         draw(SampleArguments(str(tmp_path), num_images=2, bf16=bf16, device="cpu"), DataArguments())
         assert types == {(dtype, dtype)} and Image.open(tmp_path / "samples.png").width > 8
+
+
+def test_a_static_cache_is_asked_for_where_images_are_drawn(model, processor, monkeypatch):
+    """On a CPU that passes for a GPU: the same tokens of the same seed. `generate` itself leaves the choice alone."""
+    made = []
+    prepare = GenerationMixin._prepare_static_cache
+
+    def prepared(self, *args, **kwargs):
+        made.append(prepare(self, *args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(GenerationMixin, "_prepare_static_cache", prepared)
+    given = images(2)
+
+    def drawn():
+        pipe = pipelines.ImageCompletionPipeline(model=model, image_processor=processor)
+        return (
+            sample(model, processor, 3, batch_size=2, return_tokens=True),
+            complete(model, processor, given, 5, num_completions=2, return_tokens=True),
+            torch.stack(
+                [torch.tensor(np.asarray(image)) for image in pipe(given[0], rows=5, num_completions=2, seed=0)]
+            ),
+        )
+
+    dynamic = drawn()
+    assert not made
+    for module in (generation, pipelines):
+        monkeypatch.setattr(module, "drawing_cache", lambda model: "static")
+    for one, other in zip(drawn(), dynamic, strict=True):
+        assert torch.equal(one, other)
+    assert made and all(cache.is_compileable for cache in made)
+    count = len(made)
+    model.generate()
+    pipelines.ImageCompletionPipeline(model=model, image_processor=processor)(
+        given[0], rows=5, cache_implementation="dynamic"
+    )
+    assert len(made) == count

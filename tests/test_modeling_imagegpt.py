@@ -1,6 +1,5 @@
 """The model against OpenAI's own outputs, transformers' class, and its own mathematics."""
 
-import copy
 import math
 from pathlib import Path
 from unittest import mock
@@ -10,21 +9,17 @@ import pytest
 import torch
 import transformers.models.imagegpt.configuration_imagegpt as theirs_config
 import transformers.models.imagegpt.modeling_imagegpt as theirs
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from conftest import randomized, small_config
 from safetensors.torch import load_file, save_file
-from torch.nn.utils import prune
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     CompileConfig,
-    DynamicCache,
     GenerationConfig,
-    GenerationMixin,
 )
-from transformers.cache_utils import DynamicLayer
 
 from hf_igpt import (
     ImageGPTConfig,
@@ -32,7 +27,6 @@ from hf_igpt import (
     ImageGPTForImageClassification,
     ImageGPTForMaskedImageModeling,
     ImageGPTModel,
-    modeling_imagegpt,
 )
 from hf_igpt.modeling_imagegpt import random_mask
 
@@ -256,61 +250,11 @@ def test_gradient_checkpointing_changes_nothing(model, tokens):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.fixture
-def repeating(monkeypatch):
-    """Norms and activations are computed again in backward, however small they are."""
-    monkeypatch.setattr(modeling_imagegpt, "_WORTH_REPEATING", 0)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("model_class", [ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling])
-def test_recomputing_norms_and_activations_changes_nothing(model_class, autocast, repeating):
-    """Same gradients to the last bit as where all is kept, also with dropout."""
-    masked = model_class is ImageGPTForMaskedImageModeling
-    model = model_class(small_config(objective="masked" if masked else "causal", resid_pdrop=0.1)).train()
-    tokens = torch.randint(0, 16, (2, 64))
-    masks = {"bool_masked_pos": torch.rand(2, 64) < 0.5} if masked else {}
-    found, regions = [], []
-
-    def counted(function, *used, **options):
-        regions.append(used)
-        return checkpoint(function, *used, **options)
-
-    for checkpointed in (counted, lambda function, *used, **options: function(*used)):
-        with mock.patch.object(modeling_imagegpt, "checkpoint", checkpointed):
-            torch.manual_seed(0)
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = model(labels=tokens, **masks).loss
-            found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    assert len(regions) == 3 * model.config.n_layer  # the norms, and the activation function
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-    with mock.patch.object(modeling_imagegpt, "checkpoint", side_effect=AssertionError), torch.no_grad():
-        model(labels=tokens, **masks)
-    with mock.patch.object(modeling_imagegpt, "checkpoint", side_effect=AssertionError):
-        model.eval()(labels=tokens, **masks).loss.backward()
-
-
 def gradients_of(model, loss):
     return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
 
 
-def test_recomputing_is_of_the_weights_that_were_used(model, tokens, repeating):
-    """In a functional call others than the module's; those that have changed since are refused."""
-    weights = {name: (1.3 * weight).detach().requires_grad_() for name, weight in model.named_parameters()}
-    found = {}
-    for training in (False, True):
-        loss = torch.func.functional_call(model.train(training), weights, kwargs={"labels": tokens}).loss
-        found[training] = torch.autograd.grad(loss, list(weights.values()))
-    for one, other in zip(found[False], found[True], strict=True):
-        assert_close(other, one)
-    loss = model(labels=tokens).loss  # in training
-    with torch.no_grad():
-        model.transformer.h[0].mlp.c_fc.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_what_others_put_into_a_block_runs_once(model, tokens, repeating):
+def test_what_others_put_into_a_block_runs_once(model, tokens):
     """Hooks, and modules in place of ours: as often in training as without it, with gradients on what they see."""
     block = model.transformer.h[0]
     block.attn.resid_dropout = torch.nn.Identity()
@@ -365,7 +309,7 @@ def test_float64_is_kept(model, tokens):
     assert ((losses[0] - losses[1]) / 2e-5).item() == pytest.approx(slope.norm().item(), rel=1e-8)
 
 
-def test_second_derivatives(model, tokens, repeating):
+def test_second_derivatives(model, tokens):
     """Through what is recomputed too."""
     model.set_attn_implementation("eager")  # fused kernels have none
     seconds = []
@@ -378,7 +322,7 @@ def test_second_derivatives(model, tokens, repeating):
     assert_close(seconds[1], seconds[0])
 
 
-def test_gradients_by_torch_func(model, tokens, repeating):
+def test_gradients_by_torch_func(model, tokens):
     model.train()
     weights = dict(model.named_parameters())
     found = torch.func.grad(lambda w: torch.func.functional_call(model, w, kwargs={"labels": tokens}).loss)(weights)
@@ -389,17 +333,6 @@ def test_gradients_by_torch_func(model, tokens, repeating):
         in_dims=(None, 0),
     )(weights, tokens)  # gradients of each image
     assert_close(each["transformer.wpe.weight"].mean(dim=0), found["transformer.wpe.weight"])
-
-
-def test_quick_gelu():
-    x = torch.linspace(-30, 30, 1001, dtype=torch.float64, requires_grad=True)
-    activation = modeling_imagegpt.QuickGELU()
-    expected = x / (1 + torch.exp(-1.702 * x))
-    assert_close(activation(x), expected)
-    with torch.no_grad():
-        given = x.clone()
-        assert_close(activation(given), expected)
-        assert torch.equal(given, x)  # it writes over tensors of its own only
 
 
 def test_compiles_without_graph_breaks(model, tokens):
@@ -642,22 +575,6 @@ def test_greedy_tokens_are_the_same_over_all_caches(model, tokens):
     assert torch.equal(by_hand, expected)
 
 
-def test_returned_caches_can_be_gone_on_with(model):
-    """Taken back, with gradients, and without changing what was read from them before."""
-    with torch.inference_mode():
-        cache = model.generate(torch.full((2, 1), SOS), max_new_tokens=9, return_dict_in_generate=True).past_key_values
-    before = cache.layers[0].keys
-    kept = before.clone()
-    cache.crop(-4)
-    new = torch.randint(16, (2, 3))
-    with torch.no_grad():
-        model(new, past_key_values=cache, use_cache=True)
-    assert torch.equal(before, kept) and type(cache.layers[0]) is DynamicLayer
-    cache = model.generate(torch.full((2, 1), SOS), max_new_tokens=4, return_dict_in_generate=True).past_key_values
-    first = model(new, past_key_values=cache, use_cache=True).logits
-    (first.sum() + model(new, past_key_values=cache, use_cache=True).logits.sum()).backward()
-
-
 def test_a_compiled_model_generates(model):
     prompt = torch.full((2, 1), SOS)
     expected = model.generate(prompt, do_sample=False, max_new_tokens=3)
@@ -666,103 +583,78 @@ def test_a_compiled_model_generates(model):
     assert torch.equal(model.generate(prompt, do_sample=False, max_new_tokens=3), expected)
 
 
-def test_biases_count_wherever_they_are_kept():
-    """`DataParallel`'s replicas, pruned and reparametrised layers hold a bias that is no parameter."""
-    layer = modeling_imagegpt.ImageGPTProjection(small_config(use_bias=True), 4, 3, 0.1)
-    torch.nn.init.normal_(layer.bias)
-    x = torch.randn(2, 3)
-    expected = layer(x)
-    replica = layer._replicate_for_data_parallel()
-    replica.weight, replica.bias = layer.weight * 1, layer.bias * 1
-    assert torch.equal(replica(x), expected) and expected.abs().sum() > 0
-    assert torch.equal(prune.identity(layer, "bias")(x), expected)
+# -- device maps -------------------------------------------------------------------------------------------------------
+
+
+def models_of_all_kinds():
+    """Name, model and inputs: all heads, with and without trained biases and the joint loss."""
+    mask = random_mask((4, 64), torch.Generator().manual_seed(0))
+    labels = torch.arange(4)
+    joint = {"num_labels": 5, "generative_loss_weight": 0.5}
+    return {
+        "base": (ImageGPTModel, {}, {}),
+        "base, biases": (ImageGPTModel, {"use_bias": True}, {}),
+        "causal": (ImageGPTForCausalImageModeling, {}, {"labels": ...}),
+        "masked": (ImageGPTForMaskedImageModeling, {"objective": "masked"}, {"labels": ..., "bool_masked_pos": mask}),
+        "classifier": (ImageGPTForImageClassification, {"num_labels": 5}, {"labels": labels}),
+        "classifier, SOS": (ImageGPTForImageClassification, {"sos_inputs": True} | joint, {"labels": labels}),
+        "classifier, masked": (
+            ImageGPTForImageClassification,
+            {"objective": "masked"} | joint,
+            {"labels": labels, "bool_masked_pos": mask},
+        ),
+    }
+
+
+def a_map(model, place):
+    """The second block and the last norm at `place`, everything else on the CPU."""
+    prefix = "" if type(model) is ImageGPTModel else "transformer."
+    parts = [f"{prefix}{name}" for name in ("wte", "wpe", "drop", "h.0", "h.1", "h.2", "ln_f")]
+    parts += [name for name in ("lm_head", "score") if getattr(model, name, None) is not None]
+    return {part: place if part.endswith(("h.1", "ln_f")) else "cpu" for part in parts}
+
+
+@pytest.mark.parametrize("kind", models_of_all_kinds())
+@pytest.mark.parametrize("way", ["cpu_offload", "disk_offload", "dispatch_model", "from_pretrained"])
+def test_offloaded_models_are_the_whole_one(kind, way, tokens, tmp_path):
+    """Blocks whose weights wait on the CPU or on the disk until they are called."""
+    model_class, options, inputs = models_of_all_kinds()[kind]
+    model = randomized(model_class(small_config(**options)))
+    inputs = {name: tokens if value is ... else value for name, value in inputs.items()}
+    if "labels" not in inputs or model_class is ImageGPTForImageClassification:
+        inputs["input_ids"] = tokens
+    with torch.no_grad():
+        expected = model(**inputs).to_tuple()
+    if way == "from_pretrained":
+        model.save_pretrained(tmp_path / "model")
+        model = model_class.from_pretrained(
+            tmp_path / "model", device_map=a_map(model, "disk"), offload_folder=tmp_path / "offload"
+        )
+    elif way == "cpu_offload":
+        cpu_offload(model, execution_device="cpu")
+    elif way == "disk_offload":
+        disk_offload(model, tmp_path / "offload", execution_device="cpu")
+    else:
+        dispatch_model(model, a_map(model, "disk"), main_device="cpu", offload_dir=tmp_path / "offload")
+    assert any(parameter.is_meta for parameter in model.parameters())
+    with torch.no_grad():
+        found = model(**inputs).to_tuple()
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        if torch.is_tensor(one):
+            assert torch.equal(one, other)
+
+
+def test_offloaded_models_draw_the_same(model, tmp_path):
+    expected = model.generate(do_sample=False)
+    cpu_offload(model, execution_device="cpu")
+    assert torch.equal(model.generate(do_sample=False), expected)
 
 
 def test_biases_are_not_left_out_in_silence(tmp_path):
     randomized(ImageGPTForCausalImageModeling(small_config(use_bias=True))).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use_bias=True"):
         ImageGPTForCausalImageModeling.from_pretrained(tmp_path, use_bias=False)
-
-
-def test_whole_images_on_a_gpu_have_a_static_cache(model, monkeypatch):
-    """The choice of a cache, on a CPU that passes for a GPU: the same tokens of the same seed, and whom it leaves alone."""
-    made = []
-    prepare = GenerationMixin._prepare_static_cache
-
-    def prepared(self, *args, **kwargs):
-        made.append(prepare(self, *args, **kwargs))
-        return made[-1]
-
-    monkeypatch.setattr(GenerationMixin, "_prepare_static_cache", prepared)
-
-    def drawn(**options):
-        torch.manual_seed(1)
-        return model.generate(torch.full((2, 1), SOS), **options)
-
-    dynamic = drawn()
-    assert not made
-    monkeypatch.setattr(modeling_imagegpt, "_compiles_decoding", lambda device: True)
-    assert torch.equal(drawn(), dynamic) and len(made) == 1 and made[0].is_compileable
-    assert torch.equal(drawn(generation_config=GenerationConfig(**model.generation_config.to_diff_dict())), dynamic)
-    assert len(made) == 2
-    for options in (
-        {"max_length": 20},
-        {"num_beams": 2},
-        {"use_cache": False},
-        {"cache_implementation": "dynamic"},
-        {"prompt_lookup_num_tokens": 3, "num_return_sequences": 1},
-        {"past_key_values": DynamicCache(config=model.config)},
-        {"disable_compile": True},
-        {"return_dict_in_generate": True},
-    ):
-        if "prompt_lookup_num_tokens" in options:
-            model.generate(torch.full((1, 1), SOS), do_sample=False, **options)
-        else:
-            drawn(**options)
-        assert len(made) == 2, options
-
-
-def test_room_for_keys_and_values_is_a_dynamic_cache():
-    """Against transformers' layer, over everything that generation does to one."""
-    roomy, plain = modeling_imagegpt.RoomyLayer(6), DynamicLayer()
-
-    def update(count, batch=2):
-        new = torch.randn(2, batch, 3, count, 4)
-        found, expected = roomy.update(*new), plain.update(*new)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        assert roomy.get_seq_length() == plain.get_seq_length() and roomy.get_mask_sizes(1) == plain.get_mask_sizes(1)
-
-    update(3)
-    room = roomy.keys.data_ptr()
-    update(1)
-    assert roomy.keys.data_ptr() == room  # nothing was copied
-    alone = roomy.plain().keys
-    assert torch.equal(alone, roomy.keys) and alone.untyped_storage().nbytes() == alone.nbytes  # no room is left
-    for layer in (roomy, plain):
-        layer.crop(-2)
-    update(1)
-    for layer in (roomy, plain):
-        layer.values = layer.values * 2
-    update(1)
-    for layer in (roomy, plain):
-        layer.reorder_cache(torch.tensor([1, 1]))
-    update(2)
-    update(5)  # beyond the room
-    for layer in (roomy, plain):
-        layer.batch_repeat_interleave(2)
-    update(1, batch=4)
-    for layer in (roomy, plain):
-        layer.batch_select_indices(torch.tensor([0, 3]))
-    update(1)
-    branches = [copy.copy(layer) for layer in (roomy, roomy, plain, plain)]
-    new = torch.randn(4, 2, 3, 1, 4)
-    for one, other in ((0, 2), (1, 3)):
-        branches[one].update(*new[one : one + 2]), branches[other].update(*new[one : one + 2])
-    for one, other in ((0, 2), (1, 3)):  # neither wrote into the other
-        assert torch.equal(branches[one].keys, branches[other].keys)
-    for layer in (roomy, plain):
-        layer.reset()
-    update(2)
 
 
 def test_sampling_is_from_the_whole_distribution(model):

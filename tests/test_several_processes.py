@@ -135,33 +135,23 @@ def losses(folder):
 # -- loading in shards -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["tp_size", "fsdp_size"])
-def test_a_sharded_model_is_the_whole_one(place, kind):
-    report = json.loads((place / "report").read_text())
-    found = report[kind]
+def test_a_sharded_model_is_the_whole_one(place):
+    found = json.loads((place / "report").read_text())
     assert found["logits"] <= 1e-5 and found["gradients"] <= 1e-5
     whole = {name: list(tensor.shape) for name, tensor in load_file(place / "whole" / "model.safetensors").items()}
     halved = {name for name, shape in found["shapes"].items() if np.prod(shape) * 2 == np.prod(whole[name])}
-    if kind == "fsdp_size":
-        assert halved == {name for name in whole if "wte" not in name} and "transformer.wte.weight" in found["shapes"]
-    else:
-        assert {name.split(".", 3)[-1] for name in halved if ".h.0." in name} == {
-            *("attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight"),
-            *("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight"),
-        }
-        assert "lm_head.weight" in halved and report["drawn"] == report["drawn whole"]
-        assert "by whole heads: lower tp_size" in report["refusal"]
-    assert largest_difference(place / "whole", place / f"report-{kind}") == 0
+    assert halved == {name for name in whole if "wte" not in name} and "transformer.wte.weight" in found["shapes"]
+    assert largest_difference(place / "whole", place / "report-model") == 0
 
 
-def test_plans_are_in_no_file(place):
+def test_the_plan_is_in_no_file(place):
     config = ImageGPTConfig.from_pretrained(place / "whole")
     assert not any("plan" in name for name in config.to_dict())
-    for kind in ("tp_size", "fsdp_size"):
-        assert not any("plan" in name for name in json.loads((place / f"report-{kind}" / "config.json").read_text()))
+    assert not any("plan" in name for name in json.loads((place / "report-model" / "config.json").read_text()))
     model = ImageGPTForCausalImageModeling(config)
     modules = dict(model.named_modules())
-    for name in [*model.tp_plan, *model.fsdp_plan]:
+    assert model.fsdp_plan
+    for name in model.fsdp_plan:
         assert name.replace("*", "0") in modules, name
 
 

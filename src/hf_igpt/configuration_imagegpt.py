@@ -47,10 +47,8 @@ class ImageGPTConfig(PreTrainedConfig):
         Weight of the generative loss beside the classification loss, in fine-tuning (paper 2.3: 1). A classifier
         keeps its colour head where it is positive.
 
-    Plans, of which no file says anything: `base_model_tp_plan` for `from_pretrained(distributed_config=
-    DistributedConfig(tp_size=...))` shares out heads, inner units and `lm_head`; embeddings and norms, less than 1 % of the
-    weights of `s` and larger, stay whole in each process. `base_model_fsdp_plan` for `fsdp_size` shares out everything,
-    block by block.
+    `base_model_fsdp_plan` shards everything, block by block, in `from_pretrained(distributed_config=
+    DistributedConfig(fsdp_size=...))`; it is written to no file. There is no plan for tensor parallelism.
 
     Other fields as transformers' `ImageGPTConfig`. Cross-attention is not supported. Plain transformers would load masked
     models and classifiers with `sos_inputs` and be silently wrong; their saved configuration makes it refuse, by a
@@ -59,12 +57,6 @@ class ImageGPTConfig(PreTrainedConfig):
 
     model_type = "imagegpt"
     keys_to_ignore_at_inference = ["past_key_values"]
-    base_model_tp_plan = {  # styles of modeling_imagegpt: the library's are for weights stored [out, in]
-        "h.*.attn.c_attn": "imagegpt_qkv_columns",
-        "h.*.attn.c_proj": "imagegpt_rows",
-        "h.*.mlp.c_fc": "imagegpt_columns",
-        "h.*.mlp.c_proj": "imagegpt_rows",
-    }
     base_model_fsdp_plan = {
         "wte": "free_full_weight",
         "wpe": "free_full_weight",

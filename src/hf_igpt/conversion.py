@@ -117,7 +117,7 @@ def from_openai(variables: dict[str, np.ndarray]) -> tuple[ImageGPTConfig, dict[
     if "score.weight" in state:
         config.num_labels = len(state["score.weight"])
         config.sos_inputs = not masked
-    for name, weight in list(state.items()):  # zeros where there are no biases: see `projection`
+    for name, weight in list(state.items()):  # saved as zeros: see `ImageGPTProjection`
         if re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name):
             state[name.replace(".weight", ".bias")] = torch.zeros(weight.shape[1])
     return config, state

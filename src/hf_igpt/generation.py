@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from . import data, plots
+from .cache_imagegpt import drawing_cache
 from .evaluation import device_of, held_out_images
 from .modeling_imagegpt import ImageGPTForCausalImageModeling, check_tokens
 
@@ -179,6 +180,7 @@ def _continue(model, processor, prompts, seed, temperature, top_k, top_p, batch_
                     top_p=top_p,
                     max_length=n_pixels + 1,
                     use_cache=True,
+                    cache_implementation=drawing_cache(model),
                     stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
                 )
                 finished.append(tokens[:, 1:].cpu())

@@ -62,7 +62,7 @@ class ImageGPTProjection(Conv1D):
 class ImageGPTLayerNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension: no mean subtraction, no bias [code norm].
 
-    Computed in float32 if the input has a smaller type: squares of float16 overflow beyond 256.
+    PyTorch computes it in float32 if the input has a smaller type: squares of float16 overflow beyond 256.
     """
 
     def __init__(self, size: int, eps: float):
@@ -71,10 +71,7 @@ class ImageGPTLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normalized = nn.functional.rms_norm(
-            at_least_float32(x), self.weight.shape, at_least_float32(self.weight), self.eps
-        )
-        return normalized.to(x.dtype)
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class QuickGELU(nn.Module):

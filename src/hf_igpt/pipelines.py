@@ -4,6 +4,8 @@ import torch
 from transformers import Pipeline
 from transformers.image_utils import load_image
 
+from .cache_imagegpt import drawing_cache
+
 
 class ImageCompletionPipeline(Pipeline):
     """Keeps the upper rows of an image and draws the rest.
@@ -11,7 +13,8 @@ class ImageCompletionPipeline(Pipeline):
     `complete("cat.png", rows=16, num_completions=3)` returns `num_completions` PIL images; a list of images (PIL, paths,
     URLs) a list of such lists. rows: rows kept, in pixels of the model's images (default: half of them; 0: none). seed: makes
     each batch's drawing repeatable and leaves torch's random state as it was. Other arguments (temperature, top_k, top_p, …)
-    go to `generate`, whose defaults are the paper's sampling.
+    go to `generate`, whose defaults are the paper's sampling. On a GPU the cache is static, and the step compiled;
+    options of `generate` that cannot have that need `cache_implementation="dynamic"`.
     """
 
     _load_processor = False
@@ -44,13 +47,14 @@ class ImageCompletionPipeline(Pipeline):
             drawn = tokens.repeat_interleave(num_completions, dim=0)
         else:
             prompts = torch.nn.functional.pad(kept, (1, 0), value=self.model.config.vocab_size - 1)  # SOS first
-            generate_kwargs = {"do_sample": True, "top_k": 0, "max_length": tokens.shape[1] + 1} | generate_kwargs
+            defaults = {"do_sample": True, "top_k": 0, "max_length": tokens.shape[1] + 1}
+            defaults["cache_implementation"] = drawing_cache(self.model)
             devices = [self.model.device] if self.model.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices, enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
                 prompts = prompts.repeat_interleave(num_completions, dim=0)
-                drawn = self.model.generate(prompts, **generate_kwargs)[:, 1:]
+                drawn = self.model.generate(prompts, **(defaults | generate_kwargs))[:, 1:]
         return {"tokens": drawn.view(len(tokens), num_completions, -1)}
 
     def postprocess(self, model_outputs):
