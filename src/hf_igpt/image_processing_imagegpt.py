@@ -15,6 +15,7 @@ from transformers.image_processing_backends import PilBackend, TorchvisionBacken
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import (
     ChannelDimension,
+    ImageInput,
     PILImageResampling,
     SizeDict,
     is_valid_image,
@@ -27,7 +28,7 @@ from transformers.utils import is_torchvision_available, logging
 from .clusters import check_palette, colors_of, nearest_color, nearest_color_of_codes
 from .configuration_imagegpt import ImageGPTConfig
 from .pixels_imagegpt import (
-    ImageArray,
+    AnyImage,
     convert_to_rgb,
     crop_to_square,
     is_eight_bit,
@@ -77,7 +78,7 @@ class _ColorQuantization(BaseImageProcessor):
     do_color_quantize = True
     clusters = None
 
-    def __init__(self, clusters=None, **kwargs):
+    def __init__(self, clusters: np.ndarray | list | torch.Tensor | None = None, **kwargs):
         super().__init__(clusters=None if clusters is None else check_palette(clusters), **kwargs)
 
     @classmethod
@@ -96,7 +97,7 @@ class _ColorQuantization(BaseImageProcessor):
             output["crop_size"] = output["size"]
         return output
 
-    def fetch_images(self, image_url_or_urls):
+    def fetch_images(self, image_url_or_urls: str | ImageInput | list) -> AnyImage | list:
         """Read the images behind paths and URLs, with PIL in both backends; images are returned as they are.
 
         An image that cannot be read is a ValueError that names it.
@@ -117,17 +118,18 @@ class _ColorQuantization(BaseImageProcessor):
         except (OSError, ValueError) as error:
             raise ValueError(f"Cannot read the image {image_url_or_urls[:200]}: {error}") from error
 
-    def preprocess(self, images, *args, **kwargs) -> BatchFeature:
+    def preprocess(self, images: str | ImageInput | list, *args, **kwargs) -> BatchFeature:
         """Convert images to tokens; see `ImageGPTImageProcessorPil`. Options override the processor's own."""
         if args or kwargs.keys() - {"return_tensors"}:
             return super().preprocess(images, *args, **kwargs)
-        # As the base class, but for its type check of the options given: even of none, it takes as long as a small image.
+        # This is the base class's call without its type check of the options in it, which even without any takes as long
+        # as the tokens of a small image.
         options = {name: getattr(self, name) for name in self.valid_kwargs.__annotations__} | kwargs
         options = self._standardize_kwargs(**options)
         self._validate_preprocess_kwargs(**options)
         return self._preprocess_image_like_inputs(images, **options)
 
-    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list[Image.Image | ImageArray]:
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list[AnyImage]:
         if isinstance(images, (list, tuple)) and len(images) == 0:
             raise ValueError("No images: the list is empty.")
         images = self.fetch_images(images)
@@ -149,9 +151,17 @@ class _ColorQuantization(BaseImageProcessor):
                 raise ValueError(f"Image {index} is empty: its shape is {tuple(shape)}.")
         return batch
 
-    def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs):
-        """Convert one image to 8 bits, to RGB if asked to, and to the backend's array (C, H, W)."""
-        # The conversion to RGB is ours, because that of transformers differs between its versions.
+    def process_image(
+        self,
+        image: AnyImage,
+        do_convert_rgb: bool | None = None,
+        input_data_format: ChannelDimension | str | None = None,
+        **kwargs,
+    ) -> AnyImage:
+        """Convert one image to 8 bits, to RGB if asked to, and to the backend's array (C, H, W).
+
+        The conversion to RGB is ours, because that of transformers differs between its versions.
+        """
         image = reduce_depth(image)
         if do_convert_rgb:
             image = convert_to_rgb(image, input_data_format)
@@ -179,7 +189,7 @@ class _ColorQuantization(BaseImageProcessor):
 
     def _preprocess(
         self,
-        images: list[Image.Image | ImageArray],
+        images: list[AnyImage],
         do_resize: bool,
         size: SizeDict,
         resample: PILImageResampling | int | None,
@@ -236,7 +246,9 @@ class _ColorQuantization(BaseImageProcessor):
             features["input_ids"] = features["input_ids"].to(sized[0].device)
         return features
 
-    def decode(self, input_ids, size=None, missing: str = "transparent") -> list[Image.Image]:
+    def decode(
+        self, input_ids: torch.Tensor | np.ndarray | list, size=None, missing: str = "transparent"
+    ) -> list[Image.Image]:
         """Turn tokens back into images: the inverse of the quantisation, up to the palette's distortion.
 
         input_ids: (B, N) or (N,), torch, numpy or lists, in 0..K-1. A leading SOS (K) is dropped, so the output of
@@ -302,7 +314,7 @@ class _ColorQuantization(BaseImageProcessor):
 
 
 class ImageGPTImageProcessor(_ColorQuantization, TorchvisionBackend):
-    """Convert images to tokens with torchvision. Without torchvision it is `ImageGPTImageProcessorPil`, which see."""
+    """Convert images to tokens with torchvision. Its options are those of `ImageGPTImageProcessorPil`, which it is without torchvision."""
 
     def __new__(cls, *args, **kwargs):
         if InstalledProcessor is ImageGPTImageProcessor:
@@ -326,14 +338,23 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
     shape or range, an empty or unreadable image (its index or path).
     """
 
-    # An 8-bit image is neither copied nor converted to floats before it is tokens, and a PIL image stays one until then.
-    def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs):
+    def process_image(
+        self,
+        image: AnyImage,
+        do_convert_rgb: bool | None = None,
+        input_data_format: ChannelDimension | str | None = None,
+        **kwargs,
+    ) -> AnyImage:
+        """Convert one image to RGB of 8 bits: PIL images stay PIL images, which are quantised without further copies."""
         if not do_convert_rgb:
             return super().process_image(image, do_convert_rgb, input_data_format, **kwargs)
         image = convert_to_rgb(reduce_depth(image), input_data_format)
         return image.numpy() if torch.is_tensor(image) else image
 
-    def resize(self, image, size, resample=None, **kwargs):
+    def resize(
+        self, image: AnyImage, size: SizeDict, resample: PILImageResampling | int | None = None, **kwargs
+    ) -> AnyImage:
+        """Resize a PIL image or an array (C, H, W). Every 8-bit RGB image becomes a PIL image if its size changes."""
         is_pil = isinstance(image, Image.Image)
         shape = (size.height, size.width)
         if is_eight_bit(image) and shape == (image.size[::-1] if is_pil else image.shape[1:]):
@@ -358,12 +379,12 @@ def _normalizes_to_palette_range(do_rescale, rescale_factor, do_normalize, image
     )
 
 
-def _looks_rescaled(image: Image.Image | ImageArray) -> bool:
+def _looks_rescaled(image: AnyImage) -> bool:
     """Whether the floats of an array look like grey levels 0..255 that were divided by 255 before."""
     return bool(is_floating(image) and image.min() >= 0 and 0 < image.max() <= 1)
 
 
-def _quantize_images(images: list[Image.Image | ImageArray], clusters) -> np.ndarray | list[np.ndarray]:
+def _quantize_images(images: list[AnyImage], clusters) -> np.ndarray | list[np.ndarray]:
     """Return the tokens of RGB images, each PIL or an array (3, H, W): (B, N) int64, or a list of (N,) if N differs.
 
     Arrays hold grey levels if they are uint8, and colours on the palette's scale otherwise.

@@ -5,7 +5,7 @@ values, because only the processor's options know their scale. Transparency is c
 """
 
 import os
-from typing import BinaryIO, TypeAlias, TypeVar
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from transformers.image_utils import ChannelDimension, infer_channel_dimension_f
 
 
 ImageArray: TypeAlias = np.ndarray | torch.Tensor
-AnyImage = TypeVar("AnyImage", Image.Image, np.ndarray, torch.Tensor)  # functions return the kind that they were given
+AnyImage: TypeAlias = Image.Image | ImageArray
 
 
 def open_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
@@ -27,47 +27,47 @@ def open_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
     return image
 
 
-def to_rgb_image(image: Image.Image | ImageArray, layout: ChannelDimension | str | None = None) -> Image.Image:
+def to_rgb_image(image: AnyImage, layout: ChannelDimension | str | None = None) -> Image.Image:
     """Convert a PIL image of any mode, or an array of grey levels, to a PIL image of mode RGB.
 
     Arrays have shape (H, W), (H, W, C) or (C, H, W); `layout` says which of the two last where both are possible.
     Floats are a ValueError, because their scale is unknown.
     """
     if isinstance(image, Image.Image):
-        return convert_to_rgb(reduce_depth(image))
+        return _convert_pil_to_rgb(_reduce_pil_depth(image))
     image = image if torch.is_tensor(image) else np.asarray(image)
     if is_floating(image):
         raise ValueError(f"Image arrays hold integer grey levels 0..255; found an array of {image.dtype}.")
-    image = convert_to_rgb(reduce_depth(image[None] if image.ndim == 2 else image), layout)
-    return Image.fromarray(np.ascontiguousarray(to_pixels(image)))
+    image = _reduce_array_depth(image[None] if image.ndim == 2 else image)
+    return Image.fromarray(np.ascontiguousarray(to_pixels(_convert_array_to_rgb(image, layout))))
 
 
-def to_pixels(image: Image.Image | ImageArray) -> np.ndarray:
+def to_pixels(image: AnyImage) -> np.ndarray:
     """Return the pixels of a PIL image, or of an array (C, H, W), as a numpy array (H, W, C)."""
     if isinstance(image, Image.Image):
         return np.asarray(image)
     return np.asarray(image.cpu() if torch.is_tensor(image) else image).transpose(1, 2, 0)
 
 
-def to_channels_first(image: Image.Image | ImageArray) -> ImageArray:
+def to_channels_first(image: AnyImage) -> ImageArray:
     """Return a PIL image of mode RGB as a numpy array (3, H, W). Arrays are returned as they are."""
     return np.asarray(image).transpose(2, 0, 1) if isinstance(image, Image.Image) else image
 
 
-def is_floating(image: Image.Image | ImageArray) -> bool:
+def is_floating(image: AnyImage) -> bool:
     """Whether `image` is an array of floats."""
     if isinstance(image, Image.Image):
         return False
     return image.is_floating_point() if torch.is_tensor(image) else image.dtype.kind == "f"
 
 
-def is_eight_bit(image: Image.Image | ImageArray) -> bool:
+def is_eight_bit(image: AnyImage) -> bool:
     """Whether `image`, PIL of mode RGB or an array, holds 8-bit grey levels."""
     return isinstance(image, Image.Image) or image.dtype in (np.uint8, torch.uint8)
 
 
 def reduce_depth(image: AnyImage) -> AnyImage:
-    """Reduce a PIL image or an integer array with 3 dimensions to 8 bits per channel.
+    """Reduce an image to 8 bits per channel; its kind stays, PIL, numpy or torch. Arrays have 3 dimensions.
 
     PIL modes: I;16 holds 16-bit greys; I holds 8-bit greys unless a pixel exceeds 255, and 16-bit greys then; F holds
     8-bit greys. Arrays: booleans become 0 and 255, integers must lie in 0..255, and floats are returned as they are.
@@ -76,7 +76,7 @@ def reduce_depth(image: AnyImage) -> AnyImage:
 
 
 def convert_to_rgb(image: AnyImage, layout: ChannelDimension | str | None = None) -> AnyImage:
-    """Convert a PIL image of at most 8 bits per channel to mode RGB, or an array to shape (3, H, W).
+    """Convert a PIL image of at most 8 bits per channel to mode RGB, or an array to shape (3, H, W) of its library.
 
     Greys are repeated and transparency is composited onto white. RGBA floats must lie in [0, 1].
     layout: that of an array, inferred from its shape if None.
@@ -89,13 +89,12 @@ def crop_to_square(image: AnyImage) -> AnyImage:
 
     An odd margin leaves its extra pixel at the bottom or right.
     """
-    is_pil = isinstance(image, Image.Image)
-    width, height = image.size if is_pil else image.shape[:-3:-1]
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[:-3:-1]
     if width == height:
         return image
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    if is_pil:
+    if isinstance(image, Image.Image):
         return image.crop((left, top, left + side, top + side))
     return image[..., top : top + side, left : left + side]
 
