@@ -73,8 +73,8 @@ class Memory:
 
     parameters: float32, with buffers. gradients: float32, all of them. optimizer: AdamW's two moments. exchange: what
     processes send each other. activations: what autograd keeps of the embeddings and blocks when the head is reached,
-    without checkpointing 10 widths a pixel and block. logits: the head and the loss. backward: how much higher backward
-    rises, recomputing norms and activation functions, or with checkpointing a block.
+    without checkpointing 18 widths per pixel and block, 2 of which CUDA's norms do not keep. logits: the head and the loss.
+    backward: how much higher backward rises, with checkpointing by a block that is recomputed.
     """
 
     parameters: int
