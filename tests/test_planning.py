@@ -123,11 +123,11 @@ def test_memory_is_what_a_real_run_takes(pixels, images, bf16, checkpointing):
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
 def test_activations_of_a_block(objective):
-    """Counted by hand, float32: two residual streams, each normalised before and after the gain, queries, keys and values,
-    attention's output, and the inner 4 D before and after the activation."""
+    """Counted by hand, float32: two residual streams and their norms, queries, keys and values, attention's output, and the
+    inner 4 D before and after the activation."""
     few, many = (small_config(objective=objective, n_layer=n_layer) for n_layer in (2, 5))
     found = step_memory(many, 128).activations - step_memory(few, 128).activations
-    row = 6 * many.n_embd + 3 * many.n_embd + many.n_embd + 8 * many.n_embd
+    row = 4 * many.n_embd + 3 * many.n_embd + many.n_embd + 8 * many.n_embd
     assert found == 3 * 4 * 128 * 64 * (row + many.n_head + 2)  # and one number for each head's softmax and each norm
 
 

@@ -2,10 +2,17 @@
 
 What training keeps for the backward pass is what PyTorch keeps for these modules, and nothing is recomputed. Per block and
 token of width D: the input of each norm (2 D) and its output, which is the input of a projection (2 D), queries, keys, values
-and attention's output (4 D), the scaled input of the activation (4 D) and its output (4 D); 16 widths in all.
+and attention's output (4 D), the scaled input of the activation (4 D) and its output (4 D); 16 widths in all. On CPUs, PyTorch's
+norms keep 2 more.
 
 `--gradient_checkpointing` (`model.gradient_checkpointing_enable()`) keeps the input of each block alone, 1 width, and computes
-the block a second time in the backward pass.
+the block a second time in the backward pass. A training step of 8 blocks of width 256 on 4 images of 1,024 tokens, float32,
+two CPU cores, all measured in one run; memory is the peak beyond weights and gradients:
+
+    transformers' own ImageGPT                   1284 MiB   1.00   3.23 s
+    x · sigmoid(1.702 x) as written               741 MiB   0.58   1.25 s
+    silu(1.702 x) / 1.702, as here                613 MiB   0.48   1.18 s
+    the same with --gradient_checkpointing        136 MiB   0.11   1.51 s
 """
 
 import math
@@ -75,7 +82,10 @@ class ImageGPTLayerNorm(nn.Module):
 
 
 class QuickGELU(nn.Module):
-    """x · sigmoid(1.702 x) [code gelu], computed as silu(1.702 x) / 1.702: autograd keeps one tensor instead of three."""
+    """x · sigmoid(1.702 x) [code gelu], computed as silu(1.702 x) / 1.702: autograd keeps one tensor instead of two.
+
+    Three roundings in the type of x; in float16, |x| beyond 38,490 overflows.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.silu(1.702 * x) / 1.702
