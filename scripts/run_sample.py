@@ -8,8 +8,8 @@ Seconds for small models. Writes samples.png, completions.png (original, given p
 Temperature 1 and nothing truncated, as in the paper, unless told otherwise.
 """
 
+from hf_igpt.commands.sample import SampleArguments, draw
 from hf_igpt.data import DataArguments
-from hf_igpt.generation import SampleArguments, draw
 from hf_igpt.training import run_script
 
 

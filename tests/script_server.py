@@ -56,7 +56,8 @@ class Scripts:
 
 def serve():
     # What the scripts would spend most of their time on.
-    from hf_igpt import cards, generation, hub, planning, probing, training  # noqa: F401
+    from hf_igpt import cards, hub, planning, probing, training  # noqa: F401
+    from hf_igpt.commands import sample  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

@@ -30,7 +30,7 @@ from hf_igpt import (
     ImageGPTImageProcessorPil,
 )
 from hf_igpt.evaluation import RECORDS, RUN, Record, write_records
-from hf_igpt.features import features_of_tokens
+from hf_igpt.features_imagegpt import features_of_tokens
 from hf_igpt.hub import CODE, PublishArguments, check_model, publish, write_repository
 
 
@@ -258,7 +258,9 @@ transformers.AutoModel.from_pretrained("org/igpt-causal", trust_remote_code=True
 
 
 def test_published_code_imports_what_transformers_needs_anyway():
-    allowed = {"transformers", "torch", "numpy", "huggingface_hub", "packaging", "PIL"} | set(sys.stdlib_module_names)
+    allowed = {"transformers", "torch", "numpy", "huggingface_hub", "packaging", "PIL", "tqdm"} | set(
+        sys.stdlib_module_names
+    )
     for name in CODE:
         assert set(get_imports(Path(hf_igpt.__file__).parent / name)) <= allowed, name
 

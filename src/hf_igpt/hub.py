@@ -27,7 +27,9 @@ CODE = (
     "image_processing_imagegpt.py",
     "configuration_imagegpt.py",
     "modeling_imagegpt.py",
-    "pipelines.py",
+    "features_imagegpt.py",
+    "generation_imagegpt.py",
+    "pipelines_imagegpt.py",
 )
 _AUTO_MAP = {
     "AutoConfig": "configuration_imagegpt.ImageGPTConfig",
@@ -45,7 +47,7 @@ _PROCESSOR_AUTO_MAP = {
 }
 _COMPLETION = {
     "image-completion": {
-        "impl": "pipelines.ImageCompletionPipeline",
+        "impl": "pipelines_imagegpt.ImageCompletionPipeline",
         "pt": ["AutoModelForCausalLM"],
         "type": "image",
     }

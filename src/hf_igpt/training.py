@@ -38,7 +38,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SchedulerType, has_length
 from transformers.utils.hub import PushInProgress
 
-from . import clusters, data, evaluation, generation, hub, plots
+from . import clusters, data, evaluation, generation_imagegpt, hub, plots
 from .configuration_imagegpt import ImageGPTConfig
 from .modeling_imagegpt import (
     ImageGPTForCausalImageModeling,
@@ -401,12 +401,12 @@ class _Samples(TrainerCallback):
             return
         if model.config.objective == "masked":
             batch = data.collate_tokens(self.held_out.__getitems__(range(min(args.num_samples, len(self.held_out)))))
-            filled = generation.fill_in(model, batch["labels"], batch[data.MASK], seed=args.seed)
+            filled = generation_imagegpt.fill_in(model, batch["labels"], batch[data.MASK], seed=args.seed)
             picture = plots.image_grid(
-                generation.picture_of_masks(self.processor, batch["labels"], batch[data.MASK], filled)
+                plots.picture_of_masks(self.processor, batch["labels"], batch[data.MASK], filled)
             )
         else:
-            images = generation.sample(model, self.processor, args.num_samples, seed=args.seed, progress=False)
+            images = generation_imagegpt.sample(model, self.processor, args.num_samples, seed=args.seed, progress=False)
             picture = plots.square_grid(images)
         self.folder.mkdir(parents=True, exist_ok=True)
         picture.save(self.folder / f"step-{state.global_step:07d}.png")

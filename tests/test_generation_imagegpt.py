@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 
 from hf_igpt import ImageGPTImageProcessorPil
+from hf_igpt.commands.sample import SampleArguments, draw
 from hf_igpt.data import DataArguments
-from hf_igpt.generation import SampleArguments, complete, draw, picture_of_completions, sample
+from hf_igpt.generation_imagegpt import complete, sample
 from hf_igpt.modeling_imagegpt import RoomyLayer
+from hf_igpt.plots import picture_of_completions
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import pipeline
 
 from hf_igpt import ImageGPTForCausalImageModeling, ImageGPTImageProcessorPil
-from hf_igpt.generation import complete
-from hf_igpt.pipelines import ImageCompletionPipeline
+from hf_igpt.generation_imagegpt import complete
+from hf_igpt.pipelines_imagegpt import ImageCompletionPipeline
 
 
 @pytest.fixture

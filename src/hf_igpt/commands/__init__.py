@@ -1,0 +1,1 @@
+"""What the scripts do: verbs, one file for each script."""
