@@ -9,8 +9,8 @@ Temperature 1 and nothing truncated, as in the paper, unless told otherwise.
 """
 
 from hf_igpt.commands.cli import run_script
+from hf_igpt.commands.sample import SampleArguments, draw
 from hf_igpt.data import DataArguments
-from hf_igpt.generation import SampleArguments, draw
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_imagegpt import ImageGPTConfig
-from .features import ImageGPTFeatureExtractionPipeline
+from .features_imagegpt import extract
+from .generation_imagegpt import complete, sample
 from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
 from .modeling_imagegpt import (
     ImageGPTForCausalImageModeling,
@@ -32,7 +33,7 @@ from .modeling_imagegpt import (
     ImageGPTForMaskedImageModeling,
     ImageGPTModel,
 )
-from .pipelines import ImageCompletionPipeline
+from .pipelines_imagegpt import ImageCompletionPipeline, ImageGPTFeatureExtractionPipeline
 
 
 __version__ = "0.1.0"
@@ -62,4 +63,7 @@ __all__ = [
     "ImageGPTImageProcessor",
     "ImageGPTImageProcessorPil",
     "ImageGPTModel",
+    "complete",
+    "extract",
+    "sample",
 ]

@@ -19,6 +19,7 @@ NEEDS_HF_IGPT = (
     "This Image GPT needs the package hf_igpt (pip install hf_igpt, then `import hf_igpt`): transformers' own ImageGPT has "
     "neither the masked objective nor classifiers that are fed SOS, and would give wrong results."
 )
+_FEATURES = "image-feature-extraction"
 
 
 @strict
@@ -142,6 +143,14 @@ class ImageGPTConfig(PreTrainedConfig):
         if __package__ == "hf_igpt":
             # Of a published repository, whose own code it names. Here the package's pipelines are registered.
             kwargs.pop("custom_pipelines", None)
+        elif "ImageGPTForImageClassification" not in (self.architectures or []):  # whose own task is still inferred
+            # Named by this code, not by config.json: there plain transformers would refuse the task that it can serve.
+            features = {
+                "impl": "pipelines_imagegpt.ImageGPTFeatureExtractionPipeline",
+                "pt": ["AutoModel"],
+                "type": "image",
+            }
+            kwargs["custom_pipelines"] = {**kwargs.get("custom_pipelines", {}), _FEATURES: features}
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) is no multiple of n_head ({self.n_head}).")
         if self.vocab_size < 2:
@@ -168,6 +177,7 @@ class ImageGPTConfig(PreTrainedConfig):
 
     def to_dict(self):
         output = super().to_dict()
+        output.get("custom_pipelines", {}).pop(_FEATURES, None)
         if self.objective == "masked" or self.sos_inputs:
             output["reorder_and_upcast_attn"] = NEEDS_HF_IGPT
         return output

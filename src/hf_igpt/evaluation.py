@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from . import __version__, data, plots
 from .configuration_imagegpt import ImageGPTConfig
+from .features_imagegpt import evaluation_mode
 from .modeling_imagegpt import ImageGPTForCausalImageModeling, check_tokens, masked_nats, pixel_nats
 from .presets import SIZES
 
@@ -197,18 +198,14 @@ def pixel_surprise(model, tokens, *, batch_size: int = 64, bf16: bool = False, p
         raise ValueError(f"Tokens of images have shape (n, {config.n_positions}), n >= 1; found {tuple(tokens.shape)}.")
     check_tokens(tokens, config.vocab_size - 1, "tokens", config)
     found = torch.empty(tokens.shape)
-    training = model.training
-    model.eval()
-    try:
-        with tqdm(total=len(tokens), desc="Scoring", unit="image", disable=None if progress else True) as bar:
-            for start in range(0, len(tokens), batch_size):
-                batch = tokens[start : start + batch_size].to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    logits = model(labels=batch).logits  # (B, N, K)
-                found[start : start + len(batch)] = pixel_nats(logits, batch)
-                bar.update(len(batch))
-    finally:
-        model.train(training)
+    bar = tqdm(total=len(tokens), desc="Scoring", unit="image", disable=None if progress else True)
+    with evaluation_mode(model), bar:
+        for start in range(0, len(tokens), batch_size):
+            batch = tokens[start : start + batch_size].to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = model(labels=batch).logits  # (B, N, K)
+            found[start : start + len(batch)] = pixel_nats(logits, batch)
+            bar.update(len(batch))
     return found
 
 

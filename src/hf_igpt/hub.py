@@ -32,7 +32,9 @@ CODE = (
     "layers_imagegpt.py",
     "cache_imagegpt.py",
     "modeling_imagegpt.py",
-    "pipelines.py",
+    "features_imagegpt.py",
+    "generation_imagegpt.py",
+    "pipelines_imagegpt.py",
 )
 _AUTO_MAP = {
     "AutoConfig": "configuration_imagegpt.ImageGPTConfig",
@@ -50,7 +52,7 @@ _PROCESSOR_AUTO_MAP = {
 }
 _COMPLETION = {
     "image-completion": {
-        "impl": "pipelines.ImageCompletionPipeline",
+        "impl": "pipelines_imagegpt.ImageCompletionPipeline",
         "pt": ["AutoModelForCausalLM"],
         "type": "image",
     }

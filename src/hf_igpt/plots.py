@@ -11,6 +11,7 @@ from .clusters import nearest_color, to_grey_levels
 
 _PICTURE_SIDE = 96  # pixels, at least, that each small image is enlarged to
 _GAP = 4  # pixels between images
+_HIDDEN = (230, 0, 160)  # colour of hidden pixels, which no photo is full of
 
 
 def image_grid(rows: list[list[Image.Image]]) -> Image.Image:
@@ -46,6 +47,27 @@ def completions_picture(rows: list[list[Image.Image]]) -> Image.Image:
                 axis.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
                 axis.axis("off")
         return _picture(figure, pad=0.3)
+
+
+def picture_of_completions(processor, images, completions, rows: int | None = None) -> list[list[Image.Image]]:
+    """Rows of pictures for a grid: each image as the model sees it, its kept part, and its completions."""
+    tokens = processor(images, return_tensors="pt")["input_ids"]
+    height, width = processor.token_grid()
+    rows = height // 2 if rows is None else rows
+    originals = processor.decode(tokens)
+    halves = processor.decode(tokens[:, : rows * width], missing="grey")
+    return [[o, h, *c] for o, h, c in zip(originals, halves, completions, strict=True)]
+
+
+def picture_of_masks(processor, tokens, mask, filled) -> list[list[Image.Image]]:
+    """Rows of pictures for a grid, two images in each: the image, what a masked model was shown, and what it made of it."""
+    shown = []
+    for image, hidden in zip(processor.decode(tokens), mask, strict=True):
+        pixels = np.array(image)
+        pixels[np.asarray(hidden).reshape(pixels.shape[:2])] = _HIDDEN
+        shown.append(Image.fromarray(pixels))
+    triples = list(zip(processor.decode(tokens), shown, processor.decode(filled), strict=True))
+    return [[image for triple in triples[start : start + 2] for image in triple] for start in range(0, len(triples), 2)]
 
 
 def palette_picture(clusters: np.ndarray) -> Image.Image:

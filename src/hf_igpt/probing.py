@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from . import clusters, data, evaluation, plots
 from .configuration_imagegpt import ImageGPTConfig
 from .evaluation import Record
-from .features import check_layers, extract, layers_around, read_features, write_features
+from .feature_files import read_features, write_features
+from .features_imagegpt import check_layers, extract, layers_around
 from .modeling_imagegpt import ImageGPTModel
 from .presets import (
     EVALUATION_MASKS,

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from .. import evaluation, generation, hub, plots
+from .. import evaluation, hub, plots
 from ..data import MASK, DataArguments, TrainingImages, collate_tokens, token_array
+from ..generation_imagegpt import fill_in, sample
 from ..training import runs
 from ..training.arguments import ModelArguments, PretrainingArguments
 from ..training.callbacks import Milestones, SamplePictures
@@ -115,11 +116,11 @@ def picture_drawer(args: PretrainingArguments, processor, held_out):
 
     def draw(model):
         if model.config.objective == "causal":
-            images = generation.sample(model, processor, args.num_samples, seed=args.seed, progress=False)
+            images = sample(model, processor, args.num_samples, seed=args.seed, progress=False)
             return plots.square_grid(images)
         batch = collate_tokens(held_out.__getitems__(range(min(args.num_samples, len(held_out)))))
-        filled = generation.fill_in(model, batch["labels"], batch[MASK], seed=args.seed)
-        return plots.image_grid(generation.picture_of_masks(processor, batch["labels"], batch[MASK], filled))
+        filled = fill_in(model, batch["labels"], batch[MASK], seed=args.seed)
+        return plots.image_grid(plots.picture_of_masks(processor, batch["labels"], batch[MASK], filled))
 
     return draw
 

@@ -1,15 +1,16 @@
-"""`pipeline("image-completion")`."""
+"""`pipeline("image-completion")`, and layers in `pipeline("image-feature-extraction")`."""
 
 import numpy as np
 import pytest
 import torch
 from conftest import randomized, small_config
 from PIL import Image
-from transformers import pipeline
+from transformers import ViTConfig, ViTImageProcessorPil, ViTModel, pipeline
 
 from hf_igpt import ImageGPTForCausalImageModeling, ImageGPTImageProcessorPil
-from hf_igpt.generation import complete
-from hf_igpt.pipelines import ImageCompletionPipeline
+from hf_igpt.features_imagegpt import features_of_tokens
+from hf_igpt.generation_imagegpt import complete
+from hf_igpt.pipelines_imagegpt import ImageCompletionPipeline
 
 
 @pytest.fixture
@@ -83,3 +84,45 @@ def test_checkpoints_of_transformers(palette, tmp_path):
     randomized(ImageGPTForCausalImageModeling(config)).save_pretrained(tmp_path)
     ImageGPTImageProcessorPil(clusters=palette[:16], size=8).save_pretrained(tmp_path)
     assert len(pipeline("image-completion", str(tmp_path))(photo(0))) == 1
+
+
+# -- features ---------------------------------------------------------------------------------------------------------
+
+
+def test_pipeline_with_layer_and_pooling(folder, model, tmp_path):
+    extract = pipeline("image-feature-extraction", folder)
+    file = str(tmp_path / "photo.png")
+    photo(0).save(file)
+    tokens = extract.image_processor(file, return_tensors="pt")["input_ids"]
+    # transformers' own result: the tokens as they are
+    raw = model.transformer(tokens).last_hidden_state
+    assert torch.allclose(extract(file, return_tensors=True), raw, atol=1e-5)
+    for layer in (0, 2, 3):
+        expected = features_of_tokens(model, tokens, layer)[layer]
+        assert torch.allclose(extract(file, layer=layer, pool=True, return_tensors=True), expected, atol=1e-5)
+    last = extract(file, pool=True)
+    assert np.shape(last) == (1, 32) and np.allclose(last, expected.numpy(), atol=1e-5)
+    assert np.shape(extract(file, layer=1)) == (1, 64, 32)
+    images = [Image.open(file), Image.new("L", (9, 9), 80), file]
+    singly, batched = (
+        [extract(i, layer=1, pool=True) for i in images],
+        extract(images, layer=1, pool=True, batch_size=3),
+    )
+    assert np.allclose(singly, batched, atol=1e-5)
+    with pytest.raises(ValueError, match="no layer 7"):
+        extract(file, layer=7)
+    at_start = pipeline("image-feature-extraction", folder, layer=2, pool=True)
+    assert np.shape(at_start(file)) == (1, 32)
+
+
+def test_pipeline_of_other_models_is_unchanged(tmp_path):
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
+    extract = pipeline(
+        "image-feature-extraction",
+        model=ViTModel(config),
+        image_processor=ViTImageProcessorPil(size={"height": 16, "width": 16}),
+    )
+    assert np.shape(extract(Image.new("RGB", (20, 20)))) == (1, 2, 8)
+    assert np.shape(extract(Image.new("RGB", (20, 20)), pool=True)) == (1, 8)
+    with pytest.raises(ValueError, match="option of Image GPTs"):
+        extract(Image.new("RGB", (20, 20)), layer=1)

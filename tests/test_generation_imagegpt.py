@@ -6,10 +6,13 @@ import torch
 from PIL import Image
 from transformers import GenerationMixin
 
-from hf_igpt import ImageGPTImageProcessorPil, generation, pipelines
+from hf_igpt import ImageGPTImageProcessorPil, generation_imagegpt
 from hf_igpt.cache_imagegpt import RoomyLayer
+from hf_igpt.commands.sample import SampleArguments, draw
 from hf_igpt.data import DataArguments
-from hf_igpt.generation import SampleArguments, complete, draw, picture_of_completions, sample
+from hf_igpt.generation_imagegpt import complete, sample
+from hf_igpt.pipelines_imagegpt import ImageCompletionPipeline
+from hf_igpt.plots import picture_of_completions
 
 
 @pytest.fixture
@@ -130,7 +133,7 @@ def test_a_static_cache_is_asked_for_where_images_are_drawn(model, processor, mo
     given = images(2)
 
     def drawn():
-        pipe = pipelines.ImageCompletionPipeline(model=model, image_processor=processor)
+        pipe = ImageCompletionPipeline(model=model, image_processor=processor)
         return (
             sample(model, processor, 3, batch_size=2, return_tokens=True),
             complete(model, processor, given, 5, num_completions=2, return_tokens=True),
@@ -141,14 +144,11 @@ def test_a_static_cache_is_asked_for_where_images_are_drawn(model, processor, mo
 
     dynamic = drawn()
     assert not made
-    for module in (generation, pipelines):
-        monkeypatch.setattr(module, "drawing_cache", lambda model: "static")
+    monkeypatch.setattr(generation_imagegpt, "drawing_cache", lambda model: "static")
     for one, other in zip(drawn(), dynamic, strict=True):
         assert torch.equal(one, other)
     assert made and all(cache.is_compileable for cache in made)
     count = len(made)
     model.generate()
-    pipelines.ImageCompletionPipeline(model=model, image_processor=processor)(
-        given[0], rows=5, cache_implementation="dynamic"
-    )
+    ImageCompletionPipeline(model=model, image_processor=processor)(given[0], rows=5, cache_implementation="dynamic")
     assert len(made) == count

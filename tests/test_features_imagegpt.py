@@ -1,4 +1,4 @@
-"""Features: against a naive loop over hidden states, OpenAI's classifier, of many images, and in transformers' pipeline."""
+"""Features: against a naive loop over hidden states, OpenAI's classifier, and of many images."""
 
 import weakref
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import randomized, small_config
 from PIL import Image
-from transformers import ViTConfig, ViTImageProcessorPil, ViTModel, pipeline
 
 from hf_igpt import (
     ImageGPTForCausalImageModeling,
@@ -17,7 +16,8 @@ from hf_igpt import (
     ImageGPTImageProcessorPil,
     ImageGPTModel,
 )
-from hf_igpt.features import check_layers, extract, features_of_tokens, layers_around, read_features, write_features
+from hf_igpt.feature_files import read_features, write_features
+from hf_igpt.features_imagegpt import check_layers, extract, features_of_tokens, layers_around
 from hf_igpt.modeling_imagegpt import random_mask, shift_right
 from hf_igpt.presets import MASK_PROBABILITY
 
@@ -226,52 +226,3 @@ def test_what_cannot_be_extracted_is_refused_before_a_forward_pass(
     with pytest.raises(ValueError, match=message):
         write_features(tmp_path / "features.arrow", model, many[:n_images], **options)
     assert not any(tmp_path.iterdir())
-
-
-# -- in transformers' pipeline -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(model, palette, tmp_path):
-    model.save_pretrained(tmp_path)
-    ImageGPTImageProcessorPil(clusters=palette[:16], size=8).save_pretrained(tmp_path)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
-    return tmp_path
-
-
-def test_pipeline_with_layer_and_pooling(folder, model):
-    extract = pipeline("image-feature-extraction", str(folder))
-    photo = str(folder / "photo.png")
-    tokens = extract.image_processor(photo, return_tensors="pt")["input_ids"]
-    # transformers' own result: the tokens as they are
-    raw = model.transformer(tokens).last_hidden_state
-    assert torch.allclose(extract(photo, return_tensors=True), raw, atol=1e-5)
-    for layer in (0, 2, 3):
-        expected = features_of_tokens(model, tokens, layer)[layer]
-        assert torch.allclose(extract(photo, layer=layer, pool=True, return_tensors=True), expected, atol=1e-5)
-    last = extract(photo, pool=True)
-    assert np.shape(last) == (1, 32) and np.allclose(last, expected.numpy(), atol=1e-5)
-    assert np.shape(extract(photo, layer=1)) == (1, 64, 32)
-    images = [Image.open(photo), Image.new("L", (9, 9), 80), photo]
-    singly, batched = (
-        [extract(i, layer=1, pool=True) for i in images],
-        extract(images, layer=1, pool=True, batch_size=3),
-    )
-    assert np.allclose(singly, batched, atol=1e-5)
-    with pytest.raises(ValueError, match="no layer 7"):
-        extract(photo, layer=7)
-    at_start = pipeline("image-feature-extraction", str(folder), layer=2, pool=True)
-    assert np.shape(at_start(photo)) == (1, 32)
-
-
-def test_pipeline_of_other_models_is_unchanged(tmp_path):
-    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
-    extract = pipeline(
-        "image-feature-extraction",
-        model=ViTModel(config),
-        image_processor=ViTImageProcessorPil(size={"height": 16, "width": 16}),
-    )
-    assert np.shape(extract(Image.new("RGB", (20, 20)))) == (1, 2, 8)
-    assert np.shape(extract(Image.new("RGB", (20, 20)), pool=True)) == (1, 8)
-    with pytest.raises(ValueError, match="option of Image GPTs"):
-        extract(Image.new("RGB", (20, 20)), layer=1)

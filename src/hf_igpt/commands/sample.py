@@ -1,0 +1,79 @@
+"""Draw images with a trained model: from nothing, or completing the upper rows of given images."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .. import data, plots
+from ..evaluation import device_of, held_out_images
+from ..generation_imagegpt import complete, sample
+from ..modeling_imagegpt import ImageGPTForCausalImageModeling
+
+
+@dataclass
+class SampleArguments:
+    """What to draw, with which model."""
+
+    model_name_or_path: str = field(metadata={"help": "Trained model with its image processor: folder or Hub name."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the pictures go. Default: the model's folder."}
+    )
+    num_images: int = field(
+        default=0, metadata={"help": "Images drawn from nothing. Default: 16 if nothing is completed."}
+    )
+    images: list[str] = field(default_factory=list, metadata={"help": "Image files to complete, or folders of them."})
+    num_held_out: int = field(
+        default=0, metadata={"help": "Complete this many held-out images of the dataset (the digits by default)."}
+    )
+    rows: int | None = field(default=None, metadata={"help": "Upper rows kept of each image. Default: half of them."})
+    num_completions: int = field(default=5, metadata={"help": "Completions of each image."})
+    temperature: float = field(default=1.0, metadata={"help": "Softmax temperature (paper: 1)."})
+    top_k: int = field(default=0, metadata={"help": "Draw among this many likeliest colours only; 0: all (paper)."})
+    top_p: float = field(default=1.0, metadata={"help": "Draw among the likeliest colours of this total probability."})
+    seed: int = field(default=42, metadata={"help": "Seed of the drawing."})
+    split_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the held-out split. Default: the one the model was trained with."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images drawn at once."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
+    bf16: bool = field(
+        default=False, metadata={"help": "Weights and cache in bfloat16: faster on GPUs, and other pictures of a seed."}
+    )
+
+
+def draw(args: SampleArguments, data_args) -> list[Path]:
+    """Write `samples.png` and `completions.png` as the arguments ask; returns their paths."""
+    if args.rows is not None and not (args.images or args.num_held_out):
+        raise ValueError("--rows is of images to complete: give them with --images or --num_held_out.")
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model = ImageGPTForCausalImageModeling.from_pretrained(args.model_name_or_path, dtype=dtype)
+    processor = data.processor_of(args.model_name_or_path, model.config)
+    model.to(device_of(args.device))
+    given = [data.read_image({"bytes": None, "path": str(file)}) for file in data.named_images(args.images)]
+    if args.num_held_out:
+        cells, _ = held_out_images(args.model_name_or_path, data_args, args.num_held_out, args.split_seed)
+        print(f"Completing {len(cells)} held-out images of {data_args.name()}")
+        given += [data.read_image(cell) for cell in cells]
+    folder = Path(args.output_dir or args.model_name_or_path)
+    if args.output_dir is None and not folder.is_dir():
+        raise ValueError("Give --output_dir: the model is on the Hub, so there is no folder of its own to write to.")
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {name: getattr(args, name) for name in ("seed", "temperature", "top_k", "top_p", "batch_size")}
+    written = []
+    num_images = args.num_images or (0 if given else 16)
+    if num_images:
+        start = time.perf_counter()
+        pictures = sample(model, processor, num_images, **options)
+        print(f"Drew {num_images} images, {(time.perf_counter() - start) / num_images * 1000:.0f} ms each")
+        written.append(folder / "samples.png")
+        plots.square_grid(pictures).save(written[-1])
+    if given:
+        completions = complete(model, processor, given, args.rows, args.num_completions, **options)
+        written.append(folder / "completions.png")
+        rows = plots.picture_of_completions(processor, given, completions, args.rows)
+        plots.completions_picture(rows).save(written[-1])
+    for path in written:
+        print(f"Wrote {path}")
+    return written

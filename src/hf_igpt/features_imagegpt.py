@@ -1,0 +1,166 @@
+"""Features: what "layer l" means, and how features of all layers come out of one forward pass.
+
+Layer l of L blocks is the normalised input of block l (the output of its `ln_1`) for l < L, and the output of `ln_f` for
+l = L; an image's feature is the mean over its N positions [V2 3.3, blog footnote E]. A causal model is fed
+[SOS, x_0 … x_{N-2}], as in training; a masked one all N pixels.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .inputs_imagegpt import check_tokens, shift_right
+from .modeling_imagegpt import ImageGPTPreTrainedModel
+from .presets import MASK_PROBABILITY
+
+
+def check_layers(config, layers: int | Sequence[int] | None) -> list[int]:
+    """`layers` as a list of 0..L; None means all of them, negative numbers count from the end (−1 is L)."""
+    n_layer = config.n_layer
+    if layers is None:
+        return list(range(n_layer + 1))
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    if not layers:
+        raise ValueError(f"No layer is named: this model has layers 0..{n_layer}.")
+    for layer in layers:
+        if not -n_layer - 1 <= layer <= n_layer:
+            raise ValueError(
+                f"There is no layer {layer}: this model has layers 0..{n_layer}, of which {n_layer} is the last norm."
+            )
+    return [layer % (n_layer + 1) for layer in layers]
+
+
+@torch.no_grad()
+def features_of_tokens(
+    model: ImageGPTPreTrainedModel,
+    tokens: torch.LongTensor,
+    layers: int | Sequence[int] | None = None,
+    *,
+    pool: bool = True,
+    bool_masked_pos: torch.BoolTensor | None = None,
+) -> dict[int, torch.Tensor]:
+    """Features of one batch by layer, of one forward pass: (B, D) each, or without `pool` (B, N, D).
+
+    model: any Image GPT, as it is (in evaluation mode for reproducible features). tokens: (B, N) colours 0..K-1.
+    layers: see `check_layers`. bool_masked_pos: (B, N), of masked models: pixels that are hidden. Only the pooled means are
+    kept of each layer, in float32.
+    """
+    config = model.config
+    layers = check_layers(config, layers)
+    check_tokens(tokens, config.vocab_size - 1, "tokens", config)
+    backbone = model.base_model
+    found = {}
+
+    def keep(layer):
+        def hook(module, inputs, output):
+            found[layer] = output.float().mean(dim=1) if pool else output
+
+        return hook
+
+    norms = [*(block.ln_1 for block in backbone.h), backbone.ln_f]
+    hooks = [norms[layer].register_forward_hook(keep(layer)) for layer in dict.fromkeys(layers)]
+    try:
+        inputs = tokens if config.objective == "masked" else shift_right(tokens, config.sos_token_id)
+        backbone(inputs, bool_masked_pos=bool_masked_pos, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer: found[layer] for layer in layers}
+
+
+def extract(
+    model: ImageGPTPreTrainedModel,
+    inputs,
+    layers: int | Sequence[int] | None = None,
+    *,
+    processor=None,
+    batch_size: int = 64,
+    bf16: bool = False,
+    mask_seed: int | None = None,
+    progress: bool = True,
+) -> dict[int, torch.Tensor]:
+    """Features of many images by layer, each (n, D) float32 on the CPU, of one forward pass for all layers.
+
+    inputs: tokens (n, N) of colours 0..K-1 (torch, numpy, a column of a tokenised dataset), or with `processor` a list of
+    images as it takes them. layers: see `check_layers`. bf16: run the model in bfloat16 autocast; means are of float32.
+    mask_seed: of masked models: hide pixels as in training [V2 4.6], drawn image after image from this seed; None hides
+    nothing. Besides the model and one batch, only the features themselves take memory.
+    """
+    layers = check_layers(model.config, layers)
+    found = {layer: torch.empty(len(inputs), model.config.n_embd) for layer in layers}
+    start = 0
+    for batch in feature_batches(
+        model,
+        inputs,
+        layers,
+        processor=processor,
+        batch_size=batch_size,
+        bf16=bf16,
+        mask_seed=mask_seed,
+        progress=progress,
+    ):
+        for layer, feature in batch.items():
+            found[layer][start : start + len(feature)] = feature
+        start += len(next(iter(batch.values())))
+    return found
+
+
+def layers_around(layer: int, n_layer: int, count: int) -> list[int]:
+    """`count` neighbouring layers of 0..L with `layer` in their middle, or as near to it as the ends allow.
+
+    The paper's 15,360 features of iGPT-XL are of 5 layers around the best [V2 Table 2].
+    """
+    if not 1 <= count <= n_layer + 1:
+        raise ValueError(f"Between 1 and {n_layer + 1} layers can be concatenated; found {count}.")
+    first = min(max(0, layer - count // 2), n_layer + 1 - count)
+    return list(range(first, first + count))
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module):
+    """Within it `model` is in evaluation mode; afterwards its training flag is what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def feature_batches(
+    model: ImageGPTPreTrainedModel,
+    inputs,
+    layers: int | Sequence[int] | None = None,
+    *,
+    processor=None,
+    batch_size: int = 64,
+    bf16: bool = False,
+    mask_seed: int | None = None,
+    progress: bool = True,
+) -> Iterator[dict[int, torch.Tensor]]:
+    """What `extract` returns, batch after batch. Arguments are those of `extract`."""
+    config, device = model.config, model.device
+    if len(inputs) == 0:
+        raise ValueError("No images: features need one at least.")
+    if mask_seed is not None and config.objective != "masked":
+        raise ValueError("mask_seed is of masked models; this one is causal.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is at least 1; found {batch_size}.")
+    rng = None if mask_seed is None else np.random.default_rng(mask_seed)
+    bar = tqdm(total=len(inputs), desc="Features", unit="image", disable=None if progress else True)
+    with evaluation_mode(model), bar:
+        for start in range(0, len(inputs), batch_size):
+            batch = inputs[start : start + batch_size]
+            batch = batch if processor is None else processor(batch)["input_ids"]
+            tokens = np.asarray(batch.cpu() if torch.is_tensor(batch) else batch)
+            mask = None if rng is None else torch.from_numpy(rng.random(tokens.shape) < MASK_PROBABILITY).to(device)
+            tokens = torch.from_numpy(tokens).to(device)
+            tokens = tokens if tokens.is_floating_point() else tokens.long()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                features = features_of_tokens(model, tokens, layers, bool_masked_pos=mask)
+            yield {layer: feature.cpu() for layer, feature in features.items()}
+            bar.update(len(tokens))
