@@ -61,7 +61,16 @@ _WEIGHTS = "model*.safetensors*"  # one file, or shards and their index
 _CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
 # What an earlier commit may hold that a new one does not; other files there are their owner's, and stay.
 _PICTURES = ("samples.png", "completions.png", "training.png", "confusion.png")
-_REPLACED = (_WEIGHTS, "pytorch_model*", "training_args.bin", "generation_config.json", RECORDS, *_PICTURES, *CODE)
+_REPLACED = (
+    _WEIGHTS,
+    "pytorch_model*",
+    "training_args.bin",
+    "generation_config.json",
+    RECORDS,
+    *_PICTURES,
+    *CODE,
+    "pipelines.py",
+)
 _SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
