@@ -115,6 +115,19 @@ def test_pipeline_with_layer_and_pooling(folder, model, tmp_path):
     assert np.shape(at_start(file)) == (1, 32)
 
 
+def test_completions_follow_the_checkpoints_temperature(model, processor):
+    """As cold as this, sampling is greedy; an argument wins over the checkpoint."""
+    completer = ImageCompletionPipeline(model=model, image_processor=processor)
+    image = photo(1)
+    warm = completer(image, seed=0)[0]
+    cold = complete(model, processor, image, seed=0, temperature=1e-4)[0][0]
+    assert not np.array_equal(warm, cold)
+    model.generation_config.temperature = 1e-4
+    cooled = ImageCompletionPipeline(model=model, image_processor=processor)
+    assert np.array_equal(cooled(image, seed=0)[0], cold)
+    assert np.array_equal(cooled(image, seed=0, temperature=1.0)[0], warm)
+
+
 def test_pipeline_of_other_models_is_unchanged(tmp_path):
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
     extract = pipeline(

@@ -41,6 +41,8 @@ class ImageCompletionPipeline(Pipeline):
 
     def _forward(self, model_inputs, rows=None, num_completions=1, seed=None, **generate_kwargs):
         tokens = model_inputs["input_ids"]  # (B, N)
+        config = generate_kwargs.get("generation_config", self.model.generation_config)
+        sampling = {"temperature": config.temperature, "top_p": config.top_p}
         drawn = complete(
             self.model,
             self.image_processor,
@@ -52,7 +54,7 @@ class ImageCompletionPipeline(Pipeline):
             batch_size=len(tokens) * num_completions,
             progress=False,
             return_tokens=True,
-            **generate_kwargs,
+            **{name: value for name, value in sampling.items() if value is not None} | generate_kwargs,
         )
         return {"tokens": drawn}
 
