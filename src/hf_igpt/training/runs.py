@@ -130,7 +130,7 @@ def write_run(args: RecipeArguments, model_args: ModelArguments, images: Trainin
         "identity": identity_of(model_args, images, args),
         "train_val_split": images.identity()["train_val_split"],
         "recipe": describe_recipe(args, model_args, images, model, n_images),
-        "arguments": {name: value for name, value in resolved.items() if "token" not in name},
+        "arguments": {name: value for name, value in resolved.items() if not name.endswith("_token")},
     }
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
