@@ -37,6 +37,7 @@ from transformers.models.imagegpt import configuration_imagegpt as their_configu
 from transformers.models.imagegpt import modeling_imagegpt as their_modeling
 
 from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessorPil, clusters, data
+from hf_igpt.cache_imagegpt import drawing_cache
 from hf_igpt.commands.cli import run_script
 from hf_igpt.evaluation import Record, read_records, write_records
 from hf_igpt.features_imagegpt import features_of_tokens
@@ -468,7 +469,7 @@ def generate(args: BenchmarkArguments) -> list[Record]:
         new_tokens = args.max_tokens or length - 1
         contenders = {
             THEIRS: partial(draw, theirs, batch_size, new_tokens),
-            OURS: partial(draw, ours, batch_size, new_tokens),
+            OURS: partial(draw, ours, batch_size, new_tokens, cache_implementation=drawing_cache(ours)),
         }
         settings = shape | {"batch size": batch_size, "tokens": new_tokens}
         stage = Stage(f"whole images, {batch_size} at once", batch_size, "random weights", settings)

@@ -342,8 +342,8 @@ h2 { margin-top: 2.5rem; border-bottom: 2px solid #eee } nav a { margin-right: 1
 <h1>Image GPT: what was measured</h1>
 <nav>{% for run in runs %}<a href="#run-{{ loop.index }}">{{ run.name }}</a>{% endfor %}</nav>
 <h2>Beside the paper</h2>
-<p>The paper's models saw ILSVRC-2012, a hundred times over. What differs here is said in each row: no number of ours is
-to be held against theirs without it. Of several runs on the same data, the best is shown.</p>
+<p>The paper's models saw ILSVRC-2012 about a hundred times. Read each row's stated difference before comparing. If several runs used
+the same data, the best is shown.</p>
 <table><tr>{% for head in beside_head %}<th>{{ head }}</th>{% endfor %}</tr>
 {% for row in beside_rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>

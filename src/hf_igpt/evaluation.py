@@ -35,7 +35,7 @@ class Record:
 
     metric names its unit's quantity ("nats_per_pixel"; "accuracy", in the unit "fraction"); n counts images; data names the
     images, revision the version of the code; reference is the source of a figure that was published, not measured here. A
-    baseline is what a model must beat. settings are what else tells it from its like: objective, layer, probe.
+    baseline is what a model must beat. settings hold what else distinguishes this record: objective, layer, probe.
     """
 
     metric: str

@@ -269,7 +269,7 @@ class PlanArguments:
     )
     usable: float = field(default=USABLE, metadata={"help": "Fraction of the memory that tensors may take."})
     tflops: float | None = field(
-        default=None, metadata={"help": "10¹² FLOPs that a device executes a second, achieved; recomputing counts."}
+        default=None, metadata={"help": "Achieved TFLOP/s per device, including recomputation."}
     )
     peak_tflops: float | None = field(
         default=None, metadata={"help": "Or what a device could at most, of which --utilization is achieved."}

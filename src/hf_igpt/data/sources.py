@@ -141,8 +141,8 @@ def load_images(
     seeded part of train is held out; of a stream, its first images. Nothing found, an unknown column and a source that
     cannot be loaded are ValueErrors.
 
-    Of a stream, "train" is the share of `process` of `num_processes`: whole files where they divide evenly, else every
-    so manieth image. Shares are disjoint and together the stream. num_workers: those of the `DataLoader` it is for; more
+    Of a stream, "train" is the share of `process` of `num_processes`: whole files if they divide evenly, else every
+    k-th image. Shares are disjoint and together the stream. num_workers: those of the `DataLoader` it is for; more
     than one, of a stream whose beginning is cut off, is a ValueError: each would cut off its own beginning.
     """
     raw = _load_raw(args)
