@@ -44,7 +44,7 @@ def test_records_round_trip(tmp_path):
 
 def test_what_fails_leaves_the_old_file(tmp_path):
     (tmp_path / "a.json").write_text("old")
-    with pytest.raises(RuntimeError), evaluation._whole(tmp_path / "a.json") as partial:
+    with pytest.raises(RuntimeError), evaluation.whole_file(tmp_path / "a.json") as partial:
         partial.write_text("half")
         raise RuntimeError
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "old")]

@@ -20,7 +20,7 @@ from .callbacks import Clock
 
 
 class ImageGPTTrainer(Trainer):
-    """`Trainer` for all Image GPTs with a head: collator and metrics follow the model's class.
+    """`Trainer` for all Image GPTs with a head: collator and metrics follow the model's class unless they are given.
 
     clock: ends training by the clock, and lets a cosine schedule follow it if it is ahead of the steps. publish: called as
     `publish(folder, repo_id, message=…, token=…, revision=…)` with each folder that is pushed.
@@ -31,13 +31,11 @@ class ImageGPTTrainer(Trainer):
 
     def __init__(self, model, *, clock: Clock | None = None, publish=None, callbacks=(), **kwargs):
         self.classifies = isinstance(model, ImageGPTForImageClassification)
-        super().__init__(
-            model,
-            data_collator=collate_classified if self.classifies else collate_tokens,
-            compute_metrics=classification_metrics if self.classifies else held_out_metrics,
-            callbacks=[*callbacks, *([clock] if clock else [])],
-            **kwargs,
-        )
+        defaults = {
+            "data_collator": collate_classified if self.classifies else collate_tokens,
+            "compute_metrics": classification_metrics if self.classifies else held_out_metrics,
+        }
+        super().__init__(model, callbacks=[*callbacks, *([clock] if clock else [])], **(defaults | kwargs))
         self.clock, self.publish = clock, publish
         self._parts, self._parts_since = {}, 0  # sums over steps of the parts of the loss
 
