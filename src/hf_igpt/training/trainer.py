@@ -122,7 +122,8 @@ class ImageGPTTrainer(Trainer):
 
     def images_seen(self, step: int) -> int:
         """Images that the first `step` steps were made of; an epoch's last step may hold fewer than the others."""
-        per_step = self.args.images_per_step()
+        args = self.args
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if not has_length(self.train_dataset):
             return step * per_step
         epochs, steps = divmod(step, math.ceil(len(self.train_dataset) / per_step))
