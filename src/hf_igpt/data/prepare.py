@@ -154,9 +154,10 @@ class TrainingImages:
             args = self._args
             options = {"on_bad_image": args.on_bad_image, "num_proc": args.preprocessing_num_workers}
             what = {"train": "training", "validation": "held-out"}.get(split, split)
+            processor = self.processor  # all processes take part in making it
             with _main_process_first():
                 images = self.splits[split]
-                self._tokens[split] = tokenize(images, self.processor, desc=f"Tokenising {what} images", **options)
+                self._tokens[split] = tokenize(images, processor, desc=f"Tokenising {what} images", **options)
         return self._tokens[split]
 
     @property
