@@ -21,7 +21,7 @@ from transformers.distributed import DistributedConfig
 
 from hf_igpt import ImageGPTForCausalImageModeling
 from hf_igpt.commands import pretrain as command
-from hf_igpt.data import DataArguments
+from hf_igpt.data import DataArguments, TrainingImages
 from hf_igpt.training.arguments import ModelArguments, PretrainingArguments
 from hf_igpt.training.trainer import ImageGPTTrainer
 
@@ -70,6 +70,15 @@ def pretrain(folder, model, images, environment=None, record=False, **options):
         ImageGPTTrainer.compute_loss = compute_loss
     if record:
         torch.save(seen, Path(folder) / f"seen-{arguments.process_index}.pt")
+
+
+def refuse(report, **images):
+    """What each process says of images that cannot be loaded goes to report-RANK; all of them go on."""
+    try:
+        TrainingImages(DataArguments(**images), seed=0)
+    except ValueError as error:
+        Path(f"{report}-{PartialState().process_index}").write_text(str(error))
+    PartialState().wait_for_everyone()
 
 
 def interrupt(folder, step, to):

@@ -90,6 +90,7 @@ def place(tmp_path_factory):
         2,
         [
             ["load_sharded", {"source": str(folder / "whole"), "report": str(folder / "report")}],
+            ["refuse", {"report": str(folder / "refused"), "train_dir": str(folder / "nowhere")}],
             ["pretrain", run(folder, "ddp", ddp | FLOAT32)],
             ["pretrain", run(folder, "fsdp", fsdp | FLOAT32, num_samples=2, milestones="0.5")],
             ["pretrain", run(folder, "checkpoints of bf16", fsdp, max_steps=2, save_steps=2, eval_steps=2)],
@@ -239,6 +240,12 @@ def test_a_resumed_stream_goes_on_where_it_was(place):
         assert [step for step, _ in resumed] == list(range(AT, STREAM_STEPS))
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(whole[AT:], resumed, strict=True))
     assert largest_difference(place / "stream", place / "stream resumed") == 0
+
+
+def test_an_error_while_loading_reaches_every_process(place):
+    """The main process fails first; the others must not wait for it."""
+    for rank in (0, 1):
+        assert "No images could be loaded from" in (place / f"refused-{rank}").read_text()
 
 
 # -- configurations ----------------------------------------------------------------------------------------------------

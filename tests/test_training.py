@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForCausalLM
+from transformers import AutoImageProcessor, AutoModelForCausalLM, TrainerControl, TrainerState
 
 from hf_igpt import data
 from hf_igpt.clusters import to_unit_range
@@ -23,7 +23,7 @@ from hf_igpt.data import DataArguments
 from hf_igpt.evaluation import nats_per_image, read_records
 from hf_igpt.presets import SIZES
 from hf_igpt.training.arguments import ModelArguments, PretrainingArguments
-from hf_igpt.training.callbacks import Clock
+from hf_igpt.training.callbacks import Clock, PushCheckpoints
 from hf_igpt.training.trainer import ImageGPTTrainer
 
 
@@ -483,6 +483,54 @@ def test_a_run_begins_with_its_resolved_arguments(tmp_path, greys):
     assert (found["warmup_steps"], found["size"], found["seed"]) == (0, "tiny", 1)
     assert not any(name.endswith("_token") for name in found)
     assert begun["identity"]["num_colors"] is None and begun["identity"]["seed"] == 1
+
+
+def test_paths_may_be_path_objects_when_resuming(tmp_path, greys):
+    options = {
+        "model": {"image_processor_name": Path(greys)},
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    run(tmp_path, greys, **options)
+    (tmp_path / "records.json").unlink()
+    run(tmp_path, greys, **options)
+    assert (tmp_path / "records.json").is_file()
+
+
+class NetworkDown(Exception):
+    """As the transport errors of the Hub's client: no OSError."""
+
+
+def test_a_failed_push_of_a_checkpoint_does_not_end_training(tmp_path, capsys):
+    def push(folder, message):
+        raise NetworkDown("no route")
+
+    state, control = TrainerState(global_step=3, is_world_process_zero=True), TrainerControl()
+    PushCheckpoints(push).on_save(PretrainingArguments(output_dir=str(tmp_path), use_cpu=True), state, control)
+    assert "Not pushed: NetworkDown: no route" in "".join(capsys.readouterr())
+
+
+def test_pushes_go_where_they_are_told(tmp_path, model, tokens):
+    pushed = []
+
+    def publish(folder, repo_id, *, message, token, revision):
+        pushed.append((Path(folder), repo_id, message, token, revision))
+
+    arguments = PretrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, eval_strategy="no", hub_token="mine", hub_revision="main"
+    )
+    trainer = ImageGPTTrainer(model, args=arguments, publish=publish)
+    trainer.hub_model_id = "org/name"
+    trainer.push_to_hub("Now", token="theirs", revision="other")
+    trainer.push_to_hub()
+    assert pushed == [
+        (tmp_path, "org/name", "Now", "theirs", "other"),
+        (tmp_path, "org/name", "End of training", "mine", "main"),
+    ]
+    arguments.push_to_hub = True
+    with pytest.raises(ValueError, match=r"publish=hf_igpt\.hub\.push"):
+        ImageGPTTrainer(model, args=arguments)
 
 
 def test_resuming_from_elsewhere_needs_a_folder_of_its_own(tmp_path, greys):

@@ -189,8 +189,14 @@ class TrainingImages:
 @contextmanager
 def _main_process_first():
     """The main process of each machine does the work; the others then find it in the cache of `datasets`."""
-    with PartialState().local_main_process_first():
+    state = PartialState()
+    if not state.is_local_main_process:
+        state.wait_for_everyone()
+    try:
         yield
+    finally:  # also if it fails, or the others would wait for it for ever; accelerate's own way has no such release
+        if state.is_local_main_process:
+            state.wait_for_everyone()
 
 
 def log_distortion(palette: np.ndarray, lost: dict[str, float], what: str):

@@ -127,7 +127,7 @@ class Milestones(TrainerCallback):
 
 
 class PushCheckpoints(TrainerCallback):
-    """Calls `push(folder, message)` with each checkpoint that is saved; an error is said, and the next push may succeed."""
+    """Calls `push(folder, message)` with each checkpoint that is saved. A push that fails is reported and never ends training."""
 
     def __init__(self, push: Callable[[Path, str], object]):
         self.push = push
@@ -137,5 +137,5 @@ class PushCheckpoints(TrainerCallback):
             try:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 self.push(folder, f"Training in progress, step {state.global_step}")
-            except (OSError, ValueError) as error:
-                tqdm.write(f"Not pushed: {error}")
+            except Exception as error:  # the Hub's transport errors have no common class over its versions
+                tqdm.write(f"Not pushed: {type(error).__name__}: {error}")

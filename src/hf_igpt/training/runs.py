@@ -94,7 +94,7 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
 def identity_of(model_args: ModelArguments, images: TrainingImages, args: RecipeArguments) -> dict:
     """The arguments that a resumed run must have in common with the one it resumes: images, split, palette, start, seed."""
     values = model_args.identity() | images.identity() | {"seed": args.seed}
-    return {name: values[name] for name in sorted(values)}
+    return json.loads(json.dumps(values, default=str, sort_keys=True))  # as it is read back
 
 
 def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict):

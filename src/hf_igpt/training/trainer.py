@@ -30,6 +30,8 @@ class ImageGPTTrainer(Trainer):
     publish = None
 
     def __init__(self, model, *, clock: Clock | None = None, publish=None, callbacks=(), **kwargs):
+        if publish is None and kwargs.get("args") is not None and kwargs["args"].push_to_hub:
+            raise ValueError("--push_to_hub needs to know how: pass publish=hf_igpt.hub.push.")
         self.classifies = isinstance(model, ImageGPTForImageClassification)
         defaults = {
             "data_collator": collate_classified if self.classifies else collate_tokens,
@@ -136,19 +138,28 @@ class ImageGPTTrainer(Trainer):
         is_best = self.args.load_best_model_at_end and state.best_model_checkpoint
         return (is_best and state.best_global_step) or state.global_step
 
-    def push_to_hub(self, commit_message="End of training", **kwargs):
-        """Save the model and publish `output_dir` as a complete repository, not the folder as it is."""
+    def push_to_hub(self, commit_message="End of training", *, token=None, revision=None):
+        """Save the model and publish `output_dir` as a complete repository, not the folder as it is.
+
+        token, revision: instead of --hub_token and --hub_revision.
+        """
+        if self.publish is None:
+            raise ValueError("This Trainer cannot publish: build it with publish=hf_igpt.hub.push.")
         if self.hub_model_id is None:
-            self.init_hf_repo()
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
-            return self.publish_folder(Path(self.args.output_dir), commit_message)
+            return self.publish_folder(Path(self.args.output_dir), commit_message, token, revision)
 
-    def publish_folder(self, folder: Path, message: str):
+    def publish_folder(self, folder: Path, message: str, token: str | None = None, revision: str | None = None):
         """Publish a folder of this run under --hub_model_id, in one commit."""
         args = self.args
         return self.publish(
-            folder, self.hub_model_id, message=message, token=args.hub_token, revision=args.hub_revision
+            folder,
+            self.hub_model_id,
+            message=message,
+            token=token or args.hub_token,
+            revision=revision or args.hub_revision,
         )
 
     def create_scheduler(self, num_training_steps, optimizer=None):
