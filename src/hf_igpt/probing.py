@@ -18,6 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
@@ -139,21 +140,16 @@ def logistic_regressions(
     """scikit-learn's multinomial logistic regression by L-BFGS, for each C of `strengths`, weakest first [V2 4.2].
 
     features: (n, D), labels: (n,) integers. standardize: bring each feature to mean 0 and deviation 1 of these images.
+    Not `GridSearchCV`: warm starts along C take up to a third less time, and each fit says whether it converged.
     """
-    scaler = StandardScaler().fit(features) if standardize else None
-    scaled = features if scaler is None else scaler.transform(features)
-    model = LogisticRegression(max_iter=max_iter, warm_start=True)  # from the last C's solution: the same one, sooner
+    scaler = StandardScaler() if standardize else "passthrough"
+    model = make_pipeline(scaler, LogisticRegression(max_iter=max_iter, warm_start=True))
     for strength in sorted(strengths):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
-            model.set_params(C=strength).fit(scaled, labels)
+            model.set_params(logisticregression__C=strength).fit(features, labels)
         converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-        fitted = copy.deepcopy(model)  # the next C goes on with `model`
-
-        def predict(found, fitted=fitted):
-            return fitted.predict(found if scaler is None else scaler.transform(found))
-
-        yield Fit(predict, strength, converged=converged)
+        yield Fit(copy.deepcopy(model).predict, strength, converged=converged)  # the next C continues with `model`
 
 
 def sgd_regressions(
@@ -227,7 +223,10 @@ def balanced_subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray
 def few_label_regression(
     features: np.ndarray, labels: np.ndarray, strengths: Iterable[float], standardize: bool, max_iter: int, seed: int
 ) -> Fit:
-    """Logistic regression on few images, C chosen by cross-validation within these alone (with one a class: the middle one)."""
+    """Logistic regression on few images, C chosen by cross-validation within these alone (with one a class: the middle one).
+
+    Not `LogisticRegressionCV`, which would scale over the folds that are left out; `GridSearchCV` takes longer.
+    """
     strengths = sorted(strengths)
     folds = min(5, int(np.unique(labels, return_counts=True)[1].min()))
     strength = strengths[len(strengths) // 2]
