@@ -224,5 +224,5 @@ def test_what_cannot_be_extracted_is_refused_before_a_forward_pass(
     with pytest.raises(ValueError, match=message):
         extract(model, many[:n_images], **options)
     with pytest.raises(ValueError, match=message):
-        write_features(tmp_path / "features.arrow", model, many[:n_images], **options)
+        write_features(tmp_path / "new" / "features.arrow", model, many[:n_images], **options)
     assert not any(tmp_path.iterdir())

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from .evaluation import whole_file
 from .features_imagegpt import check_layers, feature_batches
 from .modeling_imagegpt import ImageGPTPreTrainedModel
 
@@ -24,18 +25,17 @@ def write_features(
     row = pa.list_(pa.float32(), model.config.n_embd)
     schema = pa.schema([(f"layer_{layer}", row) for layer in dict.fromkeys(layers)])
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for batch in batches:
-                columns = [
-                    pa.FixedSizeListArray.from_arrays(pa.array(batch[layer].numpy().reshape(-1)), model.config.n_embd)
-                    for layer in dict.fromkeys(layers)
-                ]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        whole_file(path) as partial,
+        pa.OSFile(str(partial), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
+        for batch in batches:
+            columns = [
+                pa.FixedSizeListArray.from_arrays(pa.array(batch[layer].numpy().reshape(-1)), model.config.n_embd)
+                for layer in dict.fromkeys(layers)
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
     return path
 
 

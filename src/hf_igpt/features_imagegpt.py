@@ -130,7 +130,6 @@ def evaluation_mode(model: torch.nn.Module):
         model.train(training)
 
 
-@torch.no_grad()
 def feature_batches(
     model: ImageGPTPreTrainedModel,
     inputs,
@@ -142,7 +141,7 @@ def feature_batches(
     mask_seed: int | None = None,
     progress: bool = True,
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """What `extract` returns, batch after batch. Arguments are those of `extract`."""
+    """What `extract` returns, batch after batch. Arguments are those of `extract`, checked when this is called."""
     config, device = model.config, model.device
     if len(inputs) == 0:
         raise ValueError("No images: features need one at least.")
@@ -150,17 +149,22 @@ def feature_batches(
         raise ValueError("mask_seed is of masked models; this one is causal.")
     if batch_size < 1:
         raise ValueError(f"batch_size is at least 1; found {batch_size}.")
-    rng = None if mask_seed is None else np.random.default_rng(mask_seed)
-    bar = tqdm(total=len(inputs), desc="Features", unit="image", disable=None if progress else True)
-    with evaluation_mode(model), bar:
-        for start in range(0, len(inputs), batch_size):
-            batch = inputs[start : start + batch_size]
-            batch = batch if processor is None else processor(batch)["input_ids"]
-            tokens = np.asarray(batch.cpu() if torch.is_tensor(batch) else batch)
-            mask = None if rng is None else torch.from_numpy(rng.random(tokens.shape) < MASK_PROBABILITY).to(device)
-            tokens = torch.from_numpy(tokens).to(device)
-            tokens = tokens if tokens.is_floating_point() else tokens.long()
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                features = features_of_tokens(model, tokens, layers, bool_masked_pos=mask)
-            yield {layer: feature.cpu() for layer, feature in features.items()}
-            bar.update(len(tokens))
+
+    @torch.no_grad()
+    def batches():
+        rng = None if mask_seed is None else np.random.default_rng(mask_seed)
+        bar = tqdm(total=len(inputs), desc="Features", unit="image", disable=None if progress else True)
+        with evaluation_mode(model), bar:
+            for start in range(0, len(inputs), batch_size):
+                batch = inputs[start : start + batch_size]
+                batch = batch if processor is None else processor(batch)["input_ids"]
+                tokens = np.asarray(batch.cpu() if torch.is_tensor(batch) else batch)
+                mask = None if rng is None else torch.from_numpy(rng.random(tokens.shape) < MASK_PROBABILITY).to(device)
+                tokens = torch.from_numpy(tokens).to(device)
+                tokens = tokens if tokens.is_floating_point() else tokens.long()
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    features = features_of_tokens(model, tokens, layers, bool_masked_pos=mask)
+                yield {layer: feature.cpu() for layer, feature in features.items()}
+                bar.update(len(tokens))
+
+    return batches()
