@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import evaluation, hub, plots
-from ..data import MASK, DataArguments, TrainingImages, collate_tokens, token_array
+from ..data import MASK, TOKENS, DataArguments, TrainingImages, collate_tokens, token_array
 from ..generation_imagegpt import fill_in, sample
 from ..training import runs
 from ..training.arguments import ModelArguments, PretrainingArguments
@@ -106,7 +106,7 @@ def counting_baselines(images: TrainingImages, masked: bool) -> dict[str, float]
 
 def subsample_rows(tokens, n_tokens: int):
     """Every k-th row of a tokenised dataset, so that at most `n_tokens` tokens come from all of it."""
-    n_pixels = tokens.features["input_ids"].length
+    n_pixels = tokens.features[TOKENS].length
     step = -(-len(tokens) * n_pixels // n_tokens)
     return tokens.select(range(0, len(tokens), step))
 

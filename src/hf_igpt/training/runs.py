@@ -72,14 +72,7 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
             "or a new --output_dir."
         )
     if RUN in names:
-        identity = json.loads((folder / RUN).read_text()).get("identity")
-        if identity is None:
-            raise ValueError(f"{folder} holds a model whose run is not to be continued: give another --output_dir.")
-        if not isinstance(identity, dict):
-            raise ValueError(
-                f"The run in {folder} was begun by an older version of hf_igpt, which did not write down its arguments, and "
-                "cannot be resumed: finish it with that version, or give another --output_dir."
-            )
+        read_identity(folder)
     complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
     last = str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
     if args.resume_from_checkpoint in (None, False, True, "False", "false", "True", "true"):
@@ -91,6 +84,23 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
     return args.resume_from_checkpoint
 
 
+def read_identity(folder: Path) -> dict:
+    """The identity of the run in `folder`. ValueError: there is no run, or none that can be continued."""
+    if not (folder / RUN).is_file():
+        raise ValueError(
+            f"There is no {folder / RUN} to tell how its checkpoints were trained: give another --output_dir."
+        )
+    identity = evaluation.read_run(folder).get("identity")
+    if identity is None:
+        raise ValueError(f"{folder} holds a model whose run is not to be continued: give another --output_dir.")
+    if not isinstance(identity, dict):
+        raise ValueError(
+            f"The run in {folder} was begun by an older version of hf_igpt, which did not write down its arguments, and "
+            "cannot be resumed: finish it with that version, or give another --output_dir."
+        )
+    return identity
+
+
 def identity_of(model_args: ModelArguments, images: TrainingImages, args: RecipeArguments) -> dict:
     """The arguments that a resumed run must have in common with the one it resumes: images, split, palette, start, seed."""
     values = model_args.identity() | images.identity() | {"seed": args.seed}
@@ -99,15 +109,7 @@ def identity_of(model_args: ModelArguments, images: TrainingImages, args: Recipe
 
 def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict):
     """ValueError if a checkpoint is of another model, seed, data or palette: held-out images must stay held out."""
-    file = Path(checkpoint).parent / RUN
-    if not file.is_file():
-        raise ValueError(f"There is no {file} to tell how {checkpoint} was trained: give another --output_dir.")
-    was = json.loads(file.read_text()).get("identity")
-    if not isinstance(was, dict):
-        raise ValueError(
-            f"{checkpoint} was written by an older version of hf_igpt, which did not write down its arguments, and cannot be "
-            "resumed: finish it with that version, or start anew."
-        )
+    was = read_identity(Path(checkpoint).parent)
     for name, value in identity.items():
         if was.get(name) != value:
             raise ValueError(

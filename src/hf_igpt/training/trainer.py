@@ -26,19 +26,16 @@ class ImageGPTTrainer(Trainer):
     `publish(folder, repo_id, message=…, token=…, revision=…)` with each folder that is pushed.
     """
 
-    clock: Clock | None = None
-    publish = None
-
     def __init__(self, model, *, clock: Clock | None = None, publish=None, callbacks=(), **kwargs):
         if publish is None and kwargs.get("args") is not None and kwargs["args"].push_to_hub:
             raise ValueError("--push_to_hub needs to know how: pass publish=hf_igpt.hub.push.")
+        self.clock, self.publish = clock, publish
         self.classifies = isinstance(model, ImageGPTForImageClassification)
         defaults = {
             "data_collator": collate_classified if self.classifies else collate_tokens,
             "compute_metrics": classification_metrics if self.classifies else held_out_metrics,
         }
         super().__init__(model, callbacks=[*callbacks, *([clock] if clock else [])], **(defaults | kwargs))
-        self.clock, self.publish = clock, publish
         self._parts, self._parts_since = {}, 0  # sums over steps of the parts of the loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
