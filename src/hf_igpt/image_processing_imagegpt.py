@@ -27,6 +27,7 @@ from transformers.utils import is_torchvision_available, logging
 
 from .clusters import check_palette, colors_of, nearest_color, nearest_color_of_codes
 from .configuration_imagegpt import ImageGPTConfig
+from .inputs_imagegpt import IGNORE_INDEX
 from .pixels_imagegpt import (
     AnyImage,
     convert_to_rgb,
@@ -42,7 +43,6 @@ from .pixels_imagegpt import (
 from .presets import IMAGE_SIZE
 
 
-IGNORE_INDEX = -100  # marks a missing pixel in the tokens given to `decode`, as it marks an unscored one in labels
 _MISSING_GREY = 128
 _FILTERS = frozenset(PILImageResampling)
 

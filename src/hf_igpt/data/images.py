@@ -5,10 +5,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from ..pixels_imagegpt import to_rgb_image
+from ..pixels_imagegpt import open_image, to_rgb_image
 from ..presets import CROP_SHORTER_SIDE, CROP_SIZE
 
 
@@ -41,8 +41,7 @@ def read_image(cell) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
-            ImageOps.exif_transpose(image, in_place=True)
+            image = open_image(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
             return to_rgb_image(image)
     except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
