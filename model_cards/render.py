@@ -6,8 +6,9 @@ python model_cards/render.py
 import json
 from pathlib import Path
 
-from hf_igpt import ImageGPTConfig, cards
-from hf_igpt.evaluation import RECORDS, RUN, read_records
+from hf_igpt import ImageGPTConfig
+from hf_igpt.evaluation.records import RECORDS, RUN, read_records
+from hf_igpt.publishing.cards import render_card
 
 
 HERE = Path(__file__).parent
@@ -23,7 +24,7 @@ def card_of_openai(size: str) -> str:
     """The card of a converted checkpoint. Pictures are drawn when it is published, from its own palette."""
     config = ImageGPTConfig.from_preset(size, architectures=["ImageGPTForCausalImageModeling"])
     recipe = {"objective": "causal", "converted from": "model.ckpt-1000000"}
-    return cards.render(f"hf-igpt/igpt-{size}", config, (32, 32), True, recipe, [], {}, palette_picture=False)
+    return render_card(f"hf-igpt/igpt-{size}", config, (32, 32), True, recipe, [], {}, palette_picture=False)
 
 
 def card_of_run(name: str, report: str, preset: dict) -> str:
@@ -34,7 +35,7 @@ def card_of_run(name: str, report: str, preset: dict) -> str:
     pictures = {caption: file for file, caption in PICTURES.items() if (folder / file).is_file()}
     grid = (preset["image_size"], preset["image_size"])
     records = read_records(folder / RECORDS)
-    return cards.render(
+    return render_card(
         f"hf-igpt/{name}", config, grid, True, recipe, records, pictures, folder=f"../reports/{report}/"
     )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import small_config
 
-from hf_igpt.evaluation import Record, read_records
+from hf_igpt.evaluation.records import Record, read_records
 from hf_igpt.planning import PlanArguments, plan
 
 

@@ -17,9 +17,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from hf_igpt import plots, probing
-from hf_igpt.cards import ReportArguments, render, report
+from hf_igpt.commands.report import ReportArguments, render, report
 from hf_igpt.data import DataArguments
-from hf_igpt.evaluation import Record, read_records, write_records
+from hf_igpt.evaluation.records import Record, read_records, write_records
 from hf_igpt.presets import PUBLISHED
 
 

@@ -16,7 +16,7 @@ from hf_igpt import (
     evaluation,
 )
 from hf_igpt.data import DataArguments, digits, load_images, read_image
-from hf_igpt.evaluation import (
+from hf_igpt.evaluation.records import (
     Record,
     ScoreArguments,
     _smoothed,

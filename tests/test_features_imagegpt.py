@@ -16,7 +16,7 @@ from hf_igpt import (
     ImageGPTImageProcessorPil,
     ImageGPTModel,
 )
-from hf_igpt.feature_files import read_features, write_features
+from hf_igpt.evaluation.feature_files import read_features, write_features
 from hf_igpt.features_imagegpt import check_layers, extract, features_of_tokens, layers_around
 from hf_igpt.modeling_imagegpt import random_mask, shift_right
 from hf_igpt.presets import MASK_PROBABILITY

@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from hf_igpt import ImageGPTForMaskedImageModeling, data, evaluation
 from hf_igpt.commands.finetune import finetune
 from hf_igpt.data import DataArguments
-from hf_igpt.evaluation import read_records
+from hf_igpt.evaluation.records import read_records
 from hf_igpt.presets import SIZES
 from hf_igpt.training.arguments import FinetuningArguments, ModelArguments
 

@@ -12,7 +12,7 @@ from hf_igpt.commands.sample import SampleArguments, draw
 from hf_igpt.data import DataArguments
 from hf_igpt.generation_imagegpt import complete, sample
 from hf_igpt.pipelines_imagegpt import ImageCompletionPipeline
-from hf_igpt.plots import picture_of_completions
+from hf_igpt.reporting.plots import picture_of_completions
 
 
 @pytest.fixture

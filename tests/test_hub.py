@@ -29,7 +29,7 @@ from hf_igpt import (
     ImageGPTForMaskedImageModeling,
     ImageGPTImageProcessorPil,
 )
-from hf_igpt.evaluation import RECORDS, RUN, Record, write_records
+from hf_igpt.evaluation.records import RECORDS, RUN, Record, write_records
 from hf_igpt.features_imagegpt import features_of_tokens
 from hf_igpt.hub import CODE, PublishArguments, check_model, publish, write_repository
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
 
 from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling, planning
-from hf_igpt.evaluation import Record, write_records
+from hf_igpt.evaluation.records import Record, write_records
 from hf_igpt.planning import (
     GIB,
     PlanArguments,

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from hf_igpt.clusters import to_grey_levels
-from hf_igpt.plots import (
+from hf_igpt.reporting.plots import (
     completions_picture,
     histogram,
     image_grid,

@@ -27,7 +27,8 @@ from hf_igpt import (
 from hf_igpt.clusters import colors_of, to_unit_range
 from hf_igpt.commands.cli import parse_arguments
 from hf_igpt.data import DataArguments
-from hf_igpt.evaluation import Record, majority_vote, read_records, write_records
+from hf_igpt.evaluation.metrics import majority_vote
+from hf_igpt.evaluation.records import Record, read_records, write_records
 from hf_igpt.features_imagegpt import extract
 from hf_igpt.probing import (
     KNN,

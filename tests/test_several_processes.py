@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, Trainer
 from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling
 from hf_igpt.clusters import to_unit_range
 from hf_igpt.data import digits
-from hf_igpt.evaluation import read_records
+from hf_igpt.evaluation.records import read_records
 
 
 TESTS = Path(__file__).parent

@@ -20,7 +20,8 @@ from hf_igpt.commands.cli import parse_arguments
 from hf_igpt.commands.clusters import ClustersArguments, fit_clusters
 from hf_igpt.commands.pretrain import pretrain
 from hf_igpt.data import DataArguments
-from hf_igpt.evaluation import nats_per_image, read_records
+from hf_igpt.evaluation.metrics import nats_per_image
+from hf_igpt.evaluation.records import read_records
 from hf_igpt.presets import SIZES
 from hf_igpt.training.arguments import ModelArguments, PretrainingArguments
 from hf_igpt.training.callbacks import Clock, PushCheckpoints

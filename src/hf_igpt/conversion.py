@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from .clusters import load_palette
 from .configuration_imagegpt import ImageGPTConfig
-from .evaluation import RUN
+from .evaluation.records import RUN
 from .image_processing_imagegpt import ImageGPTImageProcessorPil
 from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
 

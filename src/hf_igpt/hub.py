@@ -16,10 +16,12 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import safe_open
 
-from . import cards, modeling_imagegpt, plots
+from . import modeling_imagegpt
 from .configuration_imagegpt import ImageGPTConfig
-from .evaluation import RECORDS, RUN, read_records, read_run
+from .evaluation.records import RECORDS, RUN, read_records, read_run
 from .image_processing_imagegpt import InstalledProcessor
+from .publishing import cards
+from .reporting import plots
 
 
 CODE = (
@@ -171,7 +173,7 @@ def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, li
         recipe = run.get("recipe", {})
         (staged / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")
         grid, crops = processor.token_grid(), bool(processor.do_center_crop)
-        card = cards.render(repo_id, config, grid, crops, recipe, records, pictures, licence)
+        card = cards.render_card(repo_id, config, grid, crops, recipe, records, pictures, licence)
         (staged / "README.md").write_text(card)
         _check_for_secrets(staged, model_dir)
         if folder.is_dir():

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import evaluation
 from .clusters import MAX_COLORS
 from .configuration_imagegpt import ImageGPTConfig
+from .evaluation.records import describe_model, read_records
 from .layers_imagegpt import ImageGPTLayerNorm
 from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
 from .presets import N_COLORS, SIZES
@@ -550,29 +550,26 @@ def _throughput(args: PlanArguments, size: str) -> tuple[float | None, str]:
 def _recorded(args: PlanArguments, size: str) -> tuple[float, str]:
     """The fastest record that tells of such training.
 
-    `images_per_second`, unit images/s, of `settings` size, "image size", objective, precision, devices and "gradient
-    checkpointing" (by default causal, the plan's, 1 and False); or `tflops_per_second`, unit TFLOP/s, of one device, in
+    `images_per_second`, unit images/s, whose fields name size, image size, objective, precision, devices and gradient
+    checkpointing (by default causal, the plan's, 1 and False); or `tflops_per_second`, unit TFLOP/s, per device, in
     `training_flops`, of any model.
     """
     config, precision = _config(args, size), "bfloat16 autocast" if args.bf16 else "float32"
+    side = math.isqrt(config.n_positions)
     rates = []
-    for record in evaluation.read_records(args.records):
-        settings = record.settings
-        model = (settings.get("size"), settings.get("image size"), settings.get("objective", "causal"))
-        wanted = (size, math.isqrt(config.n_positions), config.objective)
+    for record in read_records(args.records):
+        model = (record.size, record.image_size, record.objective or "causal")
+        wanted = (size, (side, side), config.objective)
         speed = record.metric == "tflops_per_second" or (record.metric == "images_per_second" and model == wanted)
-        if not speed or settings.get("precision", precision) != precision:
+        if not speed or (record.precision or precision) != precision:
             continue
-        devices, checkpointing = settings.get("devices", 1), settings.get("gradient checkpointing", False)
+        devices, checkpointing = record.devices or 1, bool(record.gradient_checkpointing)
         unit = {"images_per_second": "images/s", "tflops_per_second": "TFLOP/s"}[record.metric]
         number = isinstance(record.value, (int, float)) and 0 < record.value <= _MOST
-        if not (
-            number and record.unit == unit and type(devices) is int and devices >= 1 and type(checkpointing) is bool
-        ):
+        if not (number and record.unit == unit and type(devices) is int and devices >= 1):
             raise ValueError(
                 f"A record of {args.records} cannot be planned with: {record.metric} is a positive number of {unit}, devices a "
-                f'number from 1 on, "gradient checkpointing" true or false; found {record.value!r} {record.unit}, {devices!r}, '
-                f"{checkpointing!r}."
+                f"number from 1 on; found {record.value!r} {record.unit}, {devices!r}."
             )
         recomputed = executed_flops(config, 1, checkpointing)
         if record.metric == "images_per_second":
@@ -585,4 +582,4 @@ def _recorded(args: PlanArguments, size: str) -> tuple[float, str]:
             f"{precision}, nor tflops_per_second: measure one, or give --tflops."
         )
     rate, record = max(rates, key=lambda pair: pair[0])
-    return rate, f"{record.value:.4g} {record.unit} measured, {record.model}, {record.hardware}"
+    return rate, f"{record.value:.4g} {record.unit} measured, {describe_model(record)}, {record.hardware}"

@@ -75,3 +75,10 @@ def quiet_libraries():
     transformers.utils.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+
+
+def find_device(name: str | None):
+    """The `torch.device` called `name`, or by default an accelerator if there is one."""
+    import torch
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

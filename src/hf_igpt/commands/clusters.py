@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import clusters, evaluation, plots
+from .. import clusters
 from ..data import DataArguments, TrainingImages
 from ..data.prepare import PALETTE_PIXELS, log_distortion
+from ..evaluation.records import RECORDS, UNITS, Record, write_records
+from ..reporting import plots
 
 
 @dataclass
@@ -28,10 +30,10 @@ class ClustersArguments:
     seed: int = field(default=42, metadata={"help": "Seed of the sampling, of k-means and of the held-out split."})
 
 
-def fit_clusters(args: ClustersArguments, data_args: DataArguments) -> list[evaluation.Record]:
+def fit_clusters(args: ClustersArguments, data_args: DataArguments) -> list[Record]:
     """Fit (or read) a palette, measure its distortion on held-out images, and write it as an image processor."""
     folder = Path(args.output_dir)
-    files = {"preprocessor_config.json", "palette.npy", "palette.png", evaluation.RECORDS}
+    files = {"preprocessor_config.json", "palette.npy", "palette.png", RECORDS}
     strange = {entry.name for entry in folder.iterdir()} - files if folder.is_dir() else set()
     if strange:
         raise ValueError(
@@ -46,19 +48,22 @@ def fit_clusters(args: ClustersArguments, data_args: DataArguments) -> list[eval
     np.save(folder / "palette.npy", palette)
     plots.palette_picture(palette).save(folder / "palette.png")
     records = [
-        evaluation.Record(
+        Record(
+            task="palette",
             metric=metric,
             value=value,
-            unit={"rmse_grey_levels": "grey levels", "psnr_db": "dB"}[metric],
+            unit=UNITS[metric],
             split="held out",
             n=len(images.splits["validation"]),
             seed=args.seed,
-            model=f"palette of {len(palette)} colours" + (f" from {Path(args.palette).name}" if args.palette else ""),
-            data=f"{images.name}, {images.image_size}x{images.image_size}",
+            dataset=images.name,
+            image_size=(images.image_size, images.image_size),
+            colors=len(palette),
+            checkpoint=Path(args.palette).name if args.palette else None,
         )
         for metric, value in lost.items()
     ]
-    evaluation.write_records(folder / evaluation.RECORDS, records)
+    write_records(folder / RECORDS, records)
     log_distortion(palette, lost, "held-out images")
     print(f"Wrote the image processor, palette.npy, palette.png and records to {folder}")
     flags = {"dataset_name": data_args.dataset_name, "train_dir": data_args.train_dir, "image_processor_name": folder}

@@ -1,14 +1,25 @@
 """`scripts/run_finetune.py`: fine-tune an Image GPT to classify images."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from transformers import EarlyStoppingCallback
 
-from .. import evaluation, hub, plots
+from .. import hub
 from ..data import LABEL, DataArguments, TrainingImages
+from ..evaluation.held_out import find_split_seed
+from ..evaluation.metrics import accuracy, majority_vote
+from ..evaluation.records import (
+    RECORDS,
+    Record,
+    describe_network,
+    fields_of_images,
+    find_size,
+    format_value,
+    write_records,
+)
 from ..presets import FINETUNING_RATE
+from ..reporting import plots
 from ..training import runs
 from ..training.arguments import FinetuningArguments, ModelArguments
 from ..training.runs import log_main
@@ -16,7 +27,7 @@ from ..training.runs import log_main
 
 def finetune(
     model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments
-) -> list[evaluation.Record]:
+) -> list[Record]:
     """Fine-tune an Image GPT to classify, by L_CLF + weight · L_GEN [V2 2.3], and write it to `args.output_dir`.
 
     Without `model_name_or_path` it starts from random weights, the paper's baseline. The model of the best validation
@@ -29,7 +40,7 @@ def finetune(
         data_args,
         args.seed,
         labelled=True,
-        split_seed=evaluation.split_seed(source, data_args, args.seed) if source else args.seed,
+        split_seed=find_split_seed(source, data_args, args.seed) if source else args.seed,
         processor=checkpoint or model_args.image_processor_name or source,
         num_colors=model_args.num_colors,
         hub_source=model_args.hub_source(),
@@ -40,7 +51,7 @@ def finetune(
     model = runs.build_classifier(model_args, args, processor, config, images.classes)
     if checkpoint:
         runs.check_same_run(checkpoint, model.config, runs.identity_of(model_args, images, args))
-    size = evaluation.size_of(model.config) or args.size
+    size = find_size(model.config) or args.size
     images.check_enough(args.images_per_step(size))
     masked = model.config.objective == "masked"
     validation, train, test = images.rows("validation", masked), images.training_rows(masked), images.tokens("test")
@@ -58,12 +69,12 @@ def finetune(
 
     draws = predict_test(trainer, images, args.num_masks if masked else 1)
     labels = np.asarray(test[LABEL])
-    votes = evaluation.majority_vote(np.stack([classes for classes, _ in draws]), args.seed)
+    votes = majority_vote(np.stack([classes for classes, _ in draws]), args.seed)
     records = finetuning_records(trainer, images, config is None, draws, votes, len(validation))
     if args.should_save:
         plots.confusion_matrix(labels, votes, images.classes).save(folder / "confusion.png")
         plots.accuracy_curve(trainer.state.log_history).save(folder / "training.png")
-        evaluation.write_records(folder / evaluation.RECORDS, records)
+        write_records(folder / RECORDS, records)
     log_summary(args, records)
     runs.finish(trainer)
     return records
@@ -82,42 +93,44 @@ def predict_test(trainer, images: TrainingImages, n_draws: int) -> list[tuple[np
 
 def finetuning_records(
     trainer, images: TrainingImages, is_new: bool, draws, votes: np.ndarray, n_validation: int
-) -> list[evaluation.Record]:
+) -> list[Record]:
     """Records of test and validation images, and the baseline that always says the commonest class."""
     args, labels = trainer.args, np.asarray(images.tokens("test")[LABEL])
     validation = trainer.predict(trainer.eval_dataset, metric_key_prefix="validation").metrics["validation_accuracy"]
-    data_name = evaluation.data_of(images.name, images.processor, f"{len(images.classes)} classes")
-    masks = len(draws) if trainer.model.config.objective == "masked" else 0
-
-    def record(metric, value, split, n, masks):
-        settings = {
-            "started from": "random weights" if is_new else "pretrained",
-            "split seed": images.split_seed,
+    about = fields_of_images(images.name, images.processor, len(images.classes)) | {
+        "task": "fine-tuning",
+        "started_from": "random weights" if is_new else "pretrained",
+        "split_seed": images.split_seed,
+        "details": {
             "generative loss weight": args.generative_loss_weight,
             "classifier inputs": args.classifier_inputs,
-            "masks": masks,
-        }
-        return runs.training_record(trainer, metric, value, data_name, split, n, trainer.measured_step, settings)
+        },
+    }
+    masks = len(draws) if trainer.model.config.objective == "masked" else None
 
-    records = [record("accuracy", evaluation.accuracy(votes, labels), "test", len(labels), masks)]
-    if masks > 1:
-        records.append(record("accuracy", evaluation.accuracy(draws[0][0], labels), "test", len(labels), 1))
-    records.append(record("accuracy", validation, "validation", n_validation, min(masks, 1)))
+    def record(metric: str, value: float, split: str, n: int, masks: int | None) -> Record:
+        found = {"metric": metric, "value": value, "split": split, "n": n, "masks": masks}
+        return runs.record_training(trainer, trainer.measured_step, **found, **about)
+
+    records = [record("accuracy", accuracy(votes, labels), "test", len(labels), masks)]
+    if masks is not None and masks > 1:
+        records.append(record("accuracy", accuracy(draws[0][0], labels), "test", len(labels), 1))
+    records.append(record("accuracy", validation, "validation", n_validation, None if masks is None else 1))
     if draws[0][1] is not None:
         nats = float(np.mean([nats for _, nats in draws], dtype=np.float64))
         records.append(record("nats_per_pixel", nats, "test", len(labels), masks))
     commonest = np.bincount(images.splits["train"][LABEL]).argmax()
     share, name = float(np.mean(labels == commonest)), images.classes[commonest]
-    records.append(replace(records[0], value=share, model=f'always "{name}"', baseline=True, settings={}))
+    records.append(runs.record_baseline(records[0], f'always "{name}"', share))
     return records
 
 
-def log_summary(args: FinetuningArguments, records: list[evaluation.Record]):
+def log_summary(args: FinetuningArguments, records: list[Record]):
     """Say what was measured, what was written, and what to do next."""
     log_main("")
-    for found in records:
-        value = f"{100 * found.value:.2f} %" if found.unit == "fraction" else f"{found.value:.4f} {found.unit}"
-        masked_by = f", {found.settings['masks']} masks" if found.settings.get("masks") else ""
-        log_main(f"  {value:>18}  {found.split}{masked_by}: {found.model.split(',')[0]}")
+    for record in records:
+        masks = f", {record.masks} mask{'s' if record.masks > 1 else ''}" if record.masks else ""
+        name = record.baseline or describe_network(record)
+        log_main(f"  {format_value(record, 2):>18}  {record.split}{masks}: {name}")
     log_main(f"\nWrote the classifier, confusion.png, training.png and records to {args.output_dir}")
     log_main(f'Next: pipeline("image-classification", "{args.output_dir}")("picture.png"), after import hf_igpt')

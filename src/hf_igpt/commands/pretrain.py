@@ -1,13 +1,23 @@
 """`scripts/run_pretrain.py`: pretrain an Image GPT, causal or masked, on images without labels."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from .. import evaluation, hub, plots
+from .. import hub
 from ..data import MASK, TOKENS, DataArguments, TrainingImages, collate_tokens, token_array
+from ..evaluation.baselines import POSITION_UNIGRAM, UNIFORM, UNIGRAM, measure_counting_models
+from ..evaluation.metrics import BITS_PER_NAT
+from ..evaluation.records import (
+    MILESTONES,
+    RECORDS,
+    Record,
+    describe_network,
+    fields_of_images,
+    write_records,
+)
 from ..generation_imagegpt import fill_in, sample
+from ..reporting import plots
 from ..training import runs
 from ..training.arguments import ModelArguments, PretrainingArguments
 from ..training.callbacks import Milestones, SamplePictures
@@ -19,7 +29,7 @@ BASELINE_TOKENS = 20_000_000  # training tokens that counting models are fitted 
 
 def pretrain(
     model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments
-) -> list[evaluation.Record]:
+) -> list[Record]:
     """Pretrain an Image GPT, causal or masked, and write it to `args.output_dir`; returns what was measured.
 
     Written: the best model with its processor; checkpoints (the last, the best) and milestones likewise; `samples/` with a
@@ -57,35 +67,32 @@ def pretrain(
         log_main("No samples are drawn during training: the weights are shared out among processes.")
     elif args.num_samples:
         trainer.add_callback(SamplePictures(picture_drawer(args, processor, held_out), folder / "samples"))
-    data_name = evaluation.data_of(images.name, processor)
+    about = {"task": "generation", "split": "held out"} | fields_of_images(images.name, processor)
 
-    def measure(prefix: str, step: int) -> evaluation.Record:
+    def measure(prefix: str, step: int) -> Record:
         # Not `evaluate`, whose result would be logged, drawn and sampled as a step's.
         nats = trainer.predict(held_out, metric_key_prefix=prefix).metrics[f"{prefix}_nats_per_pixel"]
-        return runs.training_record(trainer, "nats_per_pixel", nats, data_name, "held out", len(held_out), step)
+        return runs.record_training(trainer, step, metric="nats_per_pixel", value=nats, n=len(held_out), **about)
 
     def keep_milestone():
         step = trainer.state.global_step
-        place = folder / "milestones" / f"step-{step:07d}"
+        place = folder / MILESTONES / f"step-{step:07d}"
         with torch.random.fork_rng(devices=[]):  # training continues as if nothing had been measured
             record = measure("milestone", step)
         trainer.save_model(str(place), _internal_call=True)
         if args.should_save:
-            evaluation.write_records(place / evaluation.RECORDS, [record])
+            write_records(place / RECORDS, [record])
 
     if args.milestone_fractions:
         trainer.add_callback(Milestones(args.milestone_fractions, trainer.clock, keep_milestone))
     runs.log_plan(trainer, images, f"{len(held_out)} held out")
     runs.train(trainer, checkpoint)
     records = [measure("final", trainer.measured_step)]
-    records += [
-        replace(records[0], value=value, model=f"{name} counts", baseline=True, settings={})
-        for name, value in reference.items()
-    ]
+    records += [runs.record_baseline(records[0], name, value) for name, value in reference.items()]
     if args.should_save:
-        curve_baselines = {name: value for name, value in reference.items() if name != "uniform"}
+        curve_baselines = {name: value for name, value in reference.items() if name != UNIFORM}
         plots.training_curve(trainer.state.log_history, curve_baselines).save(folder / "training.png")
-        evaluation.write_records(folder / evaluation.RECORDS, records)
+        write_records(folder / RECORDS, records)
     log_summary(args, records, model.config.objective)
     runs.finish(trainer)
     return records
@@ -98,9 +105,9 @@ def counting_baselines(images: TrainingImages, masked: bool) -> dict[str, float]
     processor = images.processor
     counted = [subsample_rows(images.tokens(split), BASELINE_TOKENS) for split in ("train", "validation")]
     width, n_colors = processor.token_grid()[1], len(processor.clusters)
-    reference = evaluation.baselines(*map(token_array, counted), width, n_colors)
+    reference = measure_counting_models(*map(token_array, counted), width, n_colors)
     if masked:  # these know nothing, or only the place, of what is known around a hidden pixel
-        reference = {name: value for name, value in reference.items() if not name.startswith("left")}
+        reference = {name: reference[name] for name in (UNIFORM, UNIGRAM, POSITION_UNIGRAM)}
     return reference
 
 
@@ -125,13 +132,13 @@ def picture_drawer(args: PretrainingArguments, processor, held_out):
     return draw
 
 
-def log_summary(args: PretrainingArguments, records: list[evaluation.Record], objective: str):
+def log_summary(args: PretrainingArguments, records: list[Record], objective: str):
     """Say what was measured, what was written, and what to do next."""
     of = " of hidden pixels" if objective == "masked" else ""
     log_main(f"\nHeld-out nats per pixel (bits per pixel){of}, lower is better:")
     for record in sorted(records, key=lambda record: record.value):
-        name = record.model.split(",")[0].replace("_", " ")
-        log_main(f"  {record.value:8.4f} ({record.value * evaluation.BITS_PER_NAT:.4f})  {name}")
+        name = record.baseline or describe_network(record)
+        log_main(f"  {record.value:8.4f} ({record.value * BITS_PER_NAT:.4f})  {name}")
     log_main(f"\nWrote the model, its palette, pictures (samples/, training.png) and records to {args.output_dir}")
     if objective == "causal":
         log_main(f"Next: python scripts/run_sample.py --model_name_or_path {args.output_dir} --num_images 16")

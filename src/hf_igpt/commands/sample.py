@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from .. import data, plots
-from ..evaluation import device_of, held_out_images
+from .. import data
+from ..evaluation.held_out import select_held_out
 from ..generation_imagegpt import complete, sample
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling
+from ..reporting import plots
+from .cli import find_device
 
 
 @dataclass
@@ -50,10 +52,10 @@ def draw(args: SampleArguments, data_args) -> list[Path]:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = ImageGPTForCausalImageModeling.from_pretrained(args.model_name_or_path, dtype=dtype)
     processor = data.processor_of(args.model_name_or_path, model.config)
-    model.to(device_of(args.device))
+    model.to(find_device(args.device))
     given = [data.read_image({"bytes": None, "path": str(file)}) for file in data.named_images(args.images)]
     if args.num_held_out:
-        cells, _ = held_out_images(args.model_name_or_path, data_args, args.num_held_out, args.split_seed)
+        cells, _ = select_held_out(args.model_name_or_path, data_args, args.num_held_out, args.split_seed)
         print(f"Completing {len(cells)} held-out images of {data_args.name()}")
         given += [data.read_image(cell) for cell in cells]
     folder = Path(args.output_dir or args.model_name_or_path)

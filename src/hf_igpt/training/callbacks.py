@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
-from ..evaluation import BITS_PER_NAT
+from ..evaluation.metrics import BITS_PER_NAT
 
 
 class Clock(TrainerCallback):

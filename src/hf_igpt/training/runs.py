@@ -6,7 +6,7 @@ this one), `train_val_split`, and `arguments` (those of training, resolved). A f
 
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -17,10 +17,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
-from .. import evaluation
 from ..configuration_imagegpt import ImageGPTConfig
 from ..data import TrainingImages
-from ..evaluation import RECORDS, RUN
+from ..evaluation.records import RECORDS, RUN, UNITS, Record, fields_of_model, find_size, read_run, whole_file
 from ..modeling_imagegpt import (
     ImageGPTForCausalImageModeling,
     ImageGPTForImageClassification,
@@ -90,7 +89,7 @@ def read_identity(folder: Path) -> dict:
         raise ValueError(
             f"There is no {folder / RUN} to tell how its checkpoints were trained: give another --output_dir."
         )
-    identity = evaluation.read_run(folder).get("identity")
+    identity = read_run(folder).get("identity")
     if identity is None:
         raise ValueError(f"{folder} holds a model whose run is not to be continued: give another --output_dir.")
     if not isinstance(identity, dict):
@@ -136,7 +135,7 @@ def write_run(args: RecipeArguments, model_args: ModelArguments, images: Trainin
     }
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with evaluation.whole_file(folder / RUN) as partial:
+    with whole_file(folder / RUN) as partial:
         partial.write_text(json.dumps(run, indent=1, default=str) + "\n")
     images.processor.save_pretrained(folder)
 
@@ -159,7 +158,7 @@ def describe_recipe(args, model_args, images: TrainingImages, model, n_images: i
         palette = "the checkpoint's" if model_args.model_name_or_path else "fitted to the training images"
     return (
         head
-        | {"objective": config.objective, "size": evaluation.size_of(config) or "custom"}
+        | {"objective": config.objective, "size": find_size(config) or "custom"}
         | images.recipe(n_images)
         | {
             "palette": palette,
@@ -342,25 +341,21 @@ def finish(trainer: ImageGPTTrainer):
     trainer.accelerator.wait_for_everyone()
 
 
-def training_record(
-    trainer: ImageGPTTrainer, metric, value, data_name, split, n: int, step: int, settings=None
-) -> evaluation.Record:
-    """A record of the trainer's model as it was after `step` steps, measured on `n` images."""
-    config = trainer.model.config
-    masks = (settings or {}).get("masks", 0)
-    by = f", {masks} mask{'s' if masks > 1 else ''}" if masks else ""
-    size = evaluation.size_of(config) or f"{config.n_layer} x {config.n_embd}"
-    seen, parameters = trainer.images_seen(step), trainer.model.num_parameters()
-    masked = "masked " if config.objective == "masked" else ""
-    return evaluation.Record(
+def record_training(trainer: ImageGPTTrainer, step: int, *, metric: str, value: float, **about) -> Record:
+    """A record of the trainer's model as it was after `step` steps; `about` are further fields of it."""
+    return Record(
+        **fields_of_model(trainer.model.config),
         metric=metric,
         value=float(value),
-        unit={"nats_per_pixel": "nats/pixel", "accuracy": "fraction"}[metric],
-        split=split,
-        n=n,
+        unit=UNITS[metric],
         seed=trainer.args.seed,
-        model=f"Image GPT {masked}{size}, {parameters:,} parameters, {seen:,} images seen{by}",
-        data=data_name,
-        settings={"objective": config.objective, "size": size, "parameters": parameters, "images seen": seen}
-        | (settings or {}),
+        parameters=trainer.model.num_parameters(),
+        images_seen=trainer.images_seen(step),
+        **about,
     )
+
+
+def record_baseline(record: Record, name: str, value: float) -> Record:
+    """What a baseline reaches on the same images as `record`."""
+    network = dict.fromkeys(("objective", "size", "n_layer", "n_embd", "parameters", "images_seen", "started_from"))
+    return replace(record, value=value, baseline=name, **network, masks=None, details={})

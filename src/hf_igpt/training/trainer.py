@@ -13,7 +13,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from ..data import MASK, collate_classified, collate_tokens
-from ..evaluation import BITS_PER_NAT, accuracy, nats_per_image
+from ..evaluation.metrics import BITS_PER_NAT, accuracy, nats_per_image
 from ..modeling_imagegpt import ImageGPTForImageClassification
 from .arguments import WARMUP_SHARE
 from .callbacks import Clock

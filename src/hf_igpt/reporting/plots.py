@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
-from .clusters import nearest_color, to_grey_levels
+from ..clusters import nearest_color, to_grey_levels
+from ..evaluation.records import Record, describe_model
 
 
 _PICTURE_SIDE = 96  # pixels, at least, that each small image is enlarged to
@@ -109,7 +111,7 @@ def training_curve(log_history: list[dict], baselines: dict[str, float] | None =
             axis.axhline(value, color="grey", linewidth=0.7, linestyle="--")
             near = [other for other in labels if abs(other - value) < 0.03 * value]  # their labels would overlap
             at = near[0] if near else value
-            labels[at] = (labels[at] + ", " if near else "") + name.replace("_", " ")
+            labels[at] = (labels[at] + ", " if near else "") + name
         for value, label in labels.items():
             axis.annotate(label, (1.01, value), xycoords=("axes fraction", "data"), fontsize=7, va="center")
         axis.set_xlabel("images seen")
@@ -140,10 +142,10 @@ def accuracy_curve(log_history: list[dict]) -> Image.Image:
         return _picture(figure)
 
 
-def layer_curves(runs: dict[str, list]) -> Image.Image:
-    """Validation accuracy by layer of `probing`'s records, a line for each run, model and probe; levels for raw pixels.
+def layer_curves(runs: dict[str, list[Record]]) -> Image.Image:
+    """Validation accuracy of probes by layer, a line for each run, network and probe; levels for raw pixels.
 
-    runs: records by the name of their run, which the legend shows where there are several.
+    runs: records by the name of their run, which the legend shows if there are several.
     """
     curves: dict[tuple, list] = {}
     levels: dict[tuple, list] = {}
@@ -151,14 +153,13 @@ def layer_curves(runs: dict[str, list]) -> Image.Image:
         for record in records:
             if record.split != "validation":
                 continue
-            if "layer" in record.settings:
-                name = record.model.replace(f", layer {record.settings['layer']}", "")
-                if "images seen" in record.settings:
-                    name += f", {record.settings['images seen']:,} images seen"
-                style = "--" if record.settings["of"] == "untrained" else "-"
-                curves.setdefault((run, name, style), []).append((record.settings["layer"], 100 * record.value))
+            name = describe_model(replace(record, layers=None))
+            if record.layers is not None:
+                name += f", {record.images_seen:,} images seen" if record.images_seen is not None else ""
+                style = "-" if record.baseline is None else "--"
+                curves.setdefault((run, name, style), []).append((record.layers[0], 100 * record.value))
             else:
-                levels.setdefault((record.model, 100 * record.value), []).append(run)  # of the same images: the same
+                levels.setdefault((name, 100 * record.value), []).append(run)  # of the same images: the same
     with _figure(figsize=(7, 4.5)) as (figure, axis):
         for (run, name, style), points in curves.items():
             label = f"{run}: {name}" if len(runs) > 1 else name

@@ -1,0 +1,220 @@
+"""`scripts/run_linear_probe.py`: probe trained models on labelled images [V2 3.3, 4.2-4.4]."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..configuration_imagegpt import ImageGPTConfig
+from ..data import LABEL, DataArguments, load_labelled_images, processor_of, tokenize
+from ..evaluation.held_out import find_split_seed, record_of_training
+from ..evaluation.probes import Probing, Protocol
+from ..evaluation.records import (
+    MILESTONES,
+    PROBE,
+    Record,
+    describe_model,
+    fields_of_images,
+    format_value,
+    write_records,
+)
+from ..features_imagegpt import check_layers, layers_around
+from ..modeling_imagegpt import ImageGPTModel
+from ..presets import EVALUATION_MASKS, KNN_NEIGHBORS, PROBE_SGD_LEARNING_RATES, PROBE_SUBSETS
+from ..reporting import plots
+from .cli import find_device
+
+
+@dataclass
+class ProbeArguments:
+    """Which models, which layers, which probes."""
+
+    model_name_or_path: list[str] = field(
+        metadata={"help": "Trained models with their image processors: folders or Hub names."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where probe.json and probe.png go. Default: probe/ in the model's folder."}
+    )
+    milestones: bool = field(
+        default=False, metadata={"help": "Probe the checkpoints in milestones/ of each model's folder as well."}
+    )
+    layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers 0..L, negative ones from the end. Default: all."}
+    )
+    num_concatenated: int = field(
+        default=1,
+        metadata={"help": "Also probe this many layers around the best one together (paper, Table 2: 5)."},
+    )
+    probe: str = field(
+        default="lbfgs",
+        metadata={
+            "help": "lbfgs: logistic regression by scikit-learn, as the paper's for small sets. sgd: its recipe for ImageNet.",
+            "choices": ["lbfgs", "sgd"],
+        },
+    )
+    standardize: bool = field(
+        default=True, metadata={"help": "Bring each feature to mean 0 and deviation 1 of the training images."}
+    )
+    regularization: list[float] = field(
+        default_factory=lambda: [1e-3, 1e-2, 1e-1, 1.0, 10.0],
+        metadata={"help": "Values of scikit-learn's C, inverse strength, to choose from."},
+    )
+    max_iter: int = field(default=1000, metadata={"help": "Iterations of L-BFGS, at most."})
+    sgd_learning_rates: list[float] = field(
+        default_factory=lambda: list(PROBE_SGD_LEARNING_RATES),
+        metadata={"help": "Learning rates of SGD to choose from (paper 4.2: 30, 10, 3, …)."},
+    )
+    sgd_steps: int = field(default=10_000, metadata={"help": "Steps of SGD (paper: 1,000,000)."})
+    sgd_batch_size: int = field(default=256, metadata={"help": "Images a step of SGD; the paper states none."})
+    knn: bool = field(default=True, metadata={"help": f"Also classify by the {KNN_NEIGHBORS} nearest neighbours, by cosine."})
+    baselines: bool = field(default=True, metadata={"help": "Probe raw pixels and the untrained network as well."})
+    labels_per_class: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Also probe the best layer with this many labels of each class (paper, Table 4: 4 25 400)."},
+    )
+    num_subsets: int = field(default=PROBE_SUBSETS, metadata={"help": "Random subsets for each of these numbers."})
+    num_masks: int = field(
+        default=EVALUATION_MASKS,
+        metadata={"help": "Masks of each test image of a masked model; the majority decides (paper 4.6)."},
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images in a forward pass."})
+    bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
+    seed: int = field(default=42, metadata={"help": "Seed of splits, subsets, masks and the untrained network."})
+
+    def __post_init__(self):
+        positive = (
+            "num_concatenated",
+            "max_iter",
+            "sgd_steps",
+            "sgd_batch_size",
+            "num_subsets",
+            "num_masks",
+            "batch_size",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is at least 1; found {getattr(self, name)}.")
+        for name in ("regularization", "sgd_learning_rates", "labels_per_class"):
+            values = getattr(self, name)
+            if any(not value > 0 for value in values) or not (values or name == "labels_per_class"):
+                raise ValueError(f"--{name} are positive numbers; found {values}.")
+        if self.probe not in ("lbfgs", "sgd"):
+            raise ValueError(f"--probe is lbfgs or sgd; found {self.probe!r}.")
+
+
+@dataclass
+class Subject:
+    """A model to probe, where its records go, and what they say of it."""
+
+    name: str
+    folder: Path
+    config: ImageGPTConfig
+    processor: object
+    layers: list[int]
+    about: dict[str, Any]
+
+
+def probe(args: ProbeArguments, data_args: DataArguments) -> list[Record]:
+    """Probe models on labelled images; writes `probe.json` and `probe.png` for each and returns all records.
+
+    What is wrong with models, layers, labels or folders is a ValueError before any forward pass.
+    """
+    names = list_models(args)
+    subjects = [prepare_subject(name, args, len(names)) for name in names]
+    folders = [subject.folder for subject in subjects]
+    if len(set(folders)) < len(folders):
+        raise ValueError(
+            f"Several models would be written to {max(folders, key=folders.count)}: leave --output_dir out."
+        )
+    seeds = {find_split_seed(subject.name, data_args, args.seed) for subject in subjects}
+    if len(seeds) > 1:
+        raise ValueError(
+            f"The models were trained on splits of different seeds, {sorted(seeds)}: probe them one by one."
+        )
+    splits = load_labelled_images(data_args, seed=seeds.pop())
+    tokenizing = {"on_bad_image": data_args.on_bad_image, "num_proc": data_args.preprocessing_num_workers}
+    tokens_of = [
+        {split: tokenize(images, subject.processor, **tokenizing) for split, images in splits.items()}
+        for subject in subjects
+    ]
+    classes = splits["train"].features[LABEL].names
+    check_labels(tokens_of[0], classes, args.labels_per_class)
+    protocol = Protocol(**{option.name: getattr(args, option.name) for option in fields(Protocol)})
+    records = []
+    for subject, tokens in zip(subjects, tokens_of, strict=True):
+        print(f"Probing {subject.name}")
+        model = ImageGPTModel.from_pretrained(subject.name).to(find_device(args.device))
+        about = fields_of_images(data_args.name(), subject.processor, len(classes))
+        palette = subject.processor.clusters
+        found = []
+        for record in Probing(model, tokens, palette, subject.layers, protocol, about, subject.about).run():
+            tqdm.write(f"  {format_value(record, 2)}  {describe_model(record)}, {record.split}")
+            found.append(record)
+        print_tested(found)
+        subject.folder.mkdir(parents=True, exist_ok=True)
+        plots.layer_curves({subject.name: found}).save(subject.folder / "probe.png")
+        write_records(subject.folder / PROBE, found)
+        print(f"Wrote {subject.folder / PROBE} and probe.png")
+        records += found
+    return records
+
+
+def check_labels(tokens: dict, classes: list[str], labels_per_class: list[int]) -> None:
+    """A ValueError if there are fewer than two classes, or a class has fewer images than are asked for."""
+    train, validation = (np.asarray(tokens[split][LABEL]) for split in ("train", "validation"))
+    if len(np.unique(train)) < 2:
+        raise ValueError(
+            f"All {len(train)} training images are of the class {classes[train[0]]!r}; a probe needs at least 2 classes: raise "
+            "--max_train_samples."
+        )
+    counts = np.bincount(np.concatenate([train, validation]), minlength=len(classes))
+    for per_class in labels_per_class:
+        if per_class > counts.min():
+            raise ValueError(
+                f"--labels_per_class {per_class}: the class {classes[counts.argmin()]!r} has {counts.min()} training images."
+            )
+
+
+def list_models(args: ProbeArguments) -> list[str]:
+    """The models that are named, each followed by its milestones if they are asked for."""
+    names = []
+    for name in args.model_name_or_path:
+        milestones = sorted(map(str, (Path(name) / MILESTONES).glob("step-*"))) if args.milestones else []
+        if args.milestones and not milestones:
+            raise ValueError(f"{name} has no milestones: train it with run_pretrain.py --milestones.")
+        names += [name, *milestones]
+    return names
+
+
+def prepare_subject(name: str, args: ProbeArguments, n_models: int) -> Subject:
+    """Everything about a model but its weights; what is wrong with it or its folder is a ValueError."""
+    if args.output_dir is None and not Path(name).is_dir():
+        raise ValueError(f"Give --output_dir: {name} is on the Hub, so there is no folder of its own to write to.")
+    config = ImageGPTConfig.from_pretrained(name)
+    layers = sorted(set(check_layers(config, args.layers)))
+    if args.num_concatenated > 1:
+        layers_around(0, config.n_layer, args.num_concatenated)
+    folder = Path(args.output_dir) if args.output_dir else Path(name) / "probe"
+    if args.output_dir and n_models > 1:
+        folder = folder / Path(name).absolute().name
+    if (folder / PROBE).exists():
+        raise ValueError(f"{folder} holds {PROBE} already: give another --output_dir, or delete it.")
+    about: dict[str, Any] = {"checkpoint": Path(name).absolute().name}
+    trained = record_of_training(name)
+    if trained is not None:
+        about |= {"parameters": trained.parameters, "images_seen": trained.images_seen}
+        about |= {"started_from": trained.started_from}
+        if trained.metric == "nats_per_pixel":
+            about["details"] = {"pretraining nats per pixel": trained.value}
+    return Subject(name, folder, config, processor_of(name, config), layers, about)
+
+
+def print_tested(records: list[Record]) -> None:
+    """The figures of the test images."""
+    print("\nTest accuracy; layers and strengths were chosen on validation images:")
+    for record in records:
+        if record.split == "test":
+            print(f"  {format_value(record, 2):>8}  {describe_model(record)}")

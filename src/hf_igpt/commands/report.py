@@ -1,0 +1,41 @@
+"""`scripts/run_report.py`: gather what was measured in several runs, and compare it with the paper."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..data import DataArguments
+from ..evaluation.records import MILESTONES, PROBE
+from ..reporting.reports import find_runs, write_report
+from .probe import ProbeArguments, probe
+
+
+@dataclass
+class ReportArguments:
+    """Which runs, and where to."""
+
+    folders: list[str] = field(
+        metadata={"help": "Folders of runs: pretraining, fine-tuning, probes, scores; what lies in them is found."}
+    )
+    output_dir: str = field(
+        default="outputs/report", metadata={"help": "Where report.md and its pictures are written."}
+    )
+    probe_milestones: bool = field(
+        default=False,
+        metadata={"help": "First probe the milestones that were not probed yet, on the labelled images named here."},
+    )
+
+
+def report(args: ReportArguments, data_args: DataArguments) -> Path:
+    """Gather the records below some folders into `report.md`, with figures and pictures; returns its path.
+
+    Folders without records are a ValueError before anything is written.
+    """
+    find_runs(args.folders)
+    if args.probe_milestones:
+        names = [path for folder in args.folders for path in sorted(Path(folder).rglob(f"{MILESTONES}/step-*"))]
+        names = [str(path) for path in names if not (path / "probe" / PROBE).is_file()]
+        if names:
+            probe(ProbeArguments(names, baselines=False, knn=False), data_args)
+    page, runs = write_report(args.folders, args.output_dir)
+    print(f"Wrote {page}: {sum(len(run.records) for run in runs)} records of {len(runs)} runs")
+    return page

@@ -1,0 +1,277 @@
+"""`scripts/run_score.py`: how surprising images are to a causal model, as a whole and pixel by pixel."""
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from tqdm.auto import tqdm
+
+from ..configuration_imagegpt import ImageGPTConfig
+from ..data import TOKENS, DataArguments, named_images, processor_of, read_image, report_bad_images
+from ..evaluation.baselines import UNIFORM
+from ..evaluation.held_out import record_of_training, select_held_out
+from ..evaluation.metrics import BITS_PER_NAT, check_causal, measure_surprise
+from ..evaluation.records import (
+    SCORE,
+    UNITS,
+    Record,
+    fields_of_images,
+    fields_of_model,
+    whole_file,
+    write_records,
+)
+from ..modeling_imagegpt import ImageGPTForCausalImageModeling
+from ..reporting import plots
+from .cli import find_device
+
+
+@dataclass
+class ScoreArguments:
+    """Which images to score, with which model."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Trained causal model with its image processor: folder or Hub name."}
+    )
+    images: list[str] = field(default_factory=list, metadata={"help": "Image files to score, or folders of them."})
+    num_held_out: int = field(
+        default=0, metadata={"help": "Score this many held-out images of the dataset (the digits by default)."}
+    )
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Image files or folders of another kind: how well does nats per pixel tell them apart?"},
+    )
+    num_maps: int = field(
+        default=8, metadata={"help": "Images with a map of each pixel's surprise, least to most surprising."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where scores and pictures go. Default: score/ in the model's folder."}
+    )
+    split_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the held-out split. Default: the one the model was trained with."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images in a forward pass."})
+    bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
+
+    def __post_init__(self):
+        for name, least in (("num_held_out", 0), ("num_maps", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} is at least {least}; found {getattr(self, name)}.")
+        if not (self.images or self.num_held_out):
+            raise ValueError("There is nothing to score: give --images or --num_held_out.")
+
+
+@dataclass
+class ImageSet:
+    """Images of one kind: names, tokens (n, N), the seed of their split if there is one, and once scored −log p in nats (n, N)."""
+
+    kind: str  # "scored" or "compared"
+    split: str
+    dataset: str
+    names: list[str]
+    tokens: np.ndarray
+    seed: int | None = None
+    surprise: np.ndarray | None = None
+
+    @property
+    def nats_per_pixel(self) -> np.ndarray:
+        """(n,) float64."""
+        return self.surprise.mean(axis=1, dtype=np.float64)
+
+
+def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
+    """Score images with a causal model: nats per pixel of each, and how surprising each pixel is.
+
+    Writes `scores.csv`, `surprise.png`, `histogram.png` and, last, `score.json`, whose records it returns. What is wrong
+    with the model, the folders or the images is a ValueError before any forward pass.
+    """
+    name = args.model_name_or_path
+    if args.output_dir is None and not Path(name).is_dir():
+        raise ValueError(f"Give --output_dir: {name} is on the Hub, so there is no folder of its own to write to.")
+    folder = Path(args.output_dir) if args.output_dir else Path(name) / "score"
+    config = ImageGPTConfig.from_pretrained(name)
+    check_causal(config)
+    processor = processor_of(name, config)
+    sets = [read_scored_set(args, data_args, processor)]
+    if args.compare:
+        names, tokens = read_images(name_images(args.compare), processor, data_args.on_bad_image)
+        sets.append(ImageSet("compared", "compared", summarize_names(args.compare), names, tokens))
+    model, loading = ImageGPTForCausalImageModeling.from_pretrained(name, output_loading_info=True)
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"{name} is not a trained causal model: it lacks {', '.join(sorted(loading['missing_keys']))}. Score with the "
+            "model it was made from."
+        )
+    model.to(find_device(args.device))
+    tokens = np.concatenate([images.tokens for images in sets])
+    surprise = measure_surprise(model, tokens, batch_size=args.batch_size, bf16=args.bf16).numpy()
+    for images, part in zip(sets, np.split(surprise, [len(sets[0].names)]), strict=False):
+        images.surprise = part
+
+    records = record_scores(args, model, processor, sets)
+    pictures = {
+        "surprise.png": draw_maps(args.num_maps, processor, sets),
+        "histogram.png": draw_histogram(config, records, sets),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SCORE).unlink(missing_ok=True)  # it would describe other files than those that follow
+    with whole_file(folder / "scores.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "set", "nats_per_pixel", "bits_per_pixel"])
+        for images in sets:
+            for image, nats in zip(images.names, images.nats_per_pixel, strict=True):
+                rows.writerow([image, images.kind, f"{nats:.6f}", f"{nats * BITS_PER_NAT:.6f}"])
+    for file, picture in pictures.items():
+        with whole_file(folder / file) as partial:
+            picture.save(partial, format="PNG")
+    write_records(folder / SCORE, records)
+    print_scores(sets, records)
+    print(f"Wrote scores.csv, surprise.png, histogram.png and {SCORE} to {folder}")
+    return records
+
+
+def read_scored_set(args: ScoreArguments, data_args: DataArguments, processor) -> ImageSet:
+    """The images to score: those that are named, and held-out ones of the data that the model was trained on."""
+    cells, datasets, seed = name_images(args.images), [summarize_names(args.images)] if args.images else [], None
+    if args.num_held_out:
+        held_out, seed = select_held_out(args.model_name_or_path, data_args, args.num_held_out, args.split_seed)
+        for index, cell in enumerate(held_out):
+            path = cell.get("path") if isinstance(cell, dict) else None
+            cells.append((f"held out {index}" + (f", {Path(path).name}" if path else ""), cell))
+        datasets.append(data_args.name())
+    names, tokens = read_images(cells, processor, data_args.on_bad_image)
+    split = "scored" if args.images else "held out"
+    return ImageSet("scored", split, " and ".join(datasets), names, tokens, seed)
+
+
+def name_images(places: list[str]) -> list[tuple[str, dict]]:
+    """(name, undecoded image) of each image file: its path in the folder that was named, or just the file's name."""
+    cells = []
+    for place in map(Path, places):
+        for file in named_images([str(place)]):
+            name = file.relative_to(place).as_posix() if place.is_dir() else file.name
+            cells.append((name, {"bytes": None, "path": str(file)}))
+    return cells
+
+
+def summarize_names(places: list[str]) -> str:
+    """Files and folders in words, without the folders they are in."""
+    names = [Path(place).absolute().name for place in places]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def read_images(cells: list[tuple[str, dict]], processor, on_bad_image: str) -> tuple[list[str], np.ndarray]:
+    """Names and tokens (n, N) of the images that can be read; the others are a ValueError, or with "skip" reported."""
+    names, tokens, bad = [], [], []
+    for name, cell in tqdm(cells, desc="Reading images", unit="image", leave=False, disable=None):
+        try:
+            image = read_image(cell)
+        except ValueError as error:
+            if on_bad_image != "skip":
+                raise ValueError(f"{name} cannot be read ({error}). Remove it, or pass --on_bad_image skip.") from error
+            bad.append(f"{name}: {error}")
+        else:
+            names.append(name)
+            tokens.append(np.asarray(processor(image)[TOKENS][0]))
+    if bad:
+        report_bad_images(bad, len(cells))
+    return names, np.stack(tokens)
+
+
+def record_scores(
+    args: ScoreArguments, model: ImageGPTForCausalImageModeling, processor, sets: list[ImageSet]
+) -> list[Record]:
+    """The mean of each set, and how well two sets are told apart."""
+    trained = record_of_training(args.model_name_or_path)
+    common = fields_of_model(model.config) | {
+        "task": "scoring",
+        "parameters": model.num_parameters(),
+        "images_seen": trained.images_seen if trained else None,
+        "checkpoint": Path(args.model_name_or_path).absolute().name,
+        "precision": "bfloat16 autocast" if args.bf16 else "float32",
+    }
+    records = [
+        Record(
+            **common,
+            **fields_of_images(images.dataset, processor),
+            metric="nats_per_pixel",
+            value=float(images.nats_per_pixel.mean()),
+            unit=UNITS["nats_per_pixel"],
+            split=images.split,
+            n=len(images.names),
+            seed=images.seed,
+            deviation=float(np.std(images.nats_per_pixel, ddof=len(images.names) > 1)),
+        )
+        for images in sets
+    ]
+    if len(sets) == 2:
+        nats = np.concatenate([images.nats_per_pixel for images in sets])
+        is_compared = np.repeat([0, 1], [len(images.names) for images in sets])
+        means = {f"{images.kind} nats per pixel": record.value for images, record in zip(sets, records, strict=True)}
+        records.append(
+            Record(
+                **common,
+                **fields_of_images(f"{sets[0].dataset} against {sets[1].dataset}", processor),
+                metric="auroc",
+                value=float(roc_auc_score(is_compared, nats)),
+                unit=UNITS["auroc"],
+                split=f"{sets[0].split} against compared",
+                n=len(nats),
+                seed=sets[0].seed,
+                details={"told apart by": "nats per pixel, which compared images have more of"} | means,
+            )
+        )
+    return records
+
+
+def draw_maps(count: int, processor, sets: list[ImageSet]) -> Image.Image:
+    """Images of each set, evenly chosen from its least to its most surprising, all in that order."""
+    shown = []  # (nats per pixel, title, image, map)
+    shares = [count] if len(sets) == 1 else [-(-count // 2), count // 2]
+    for images, share in zip(sets, shares, strict=True):
+        nats = images.nats_per_pixel
+        share = min(share, len(nats))
+        ranks = np.rint(np.linspace(0, len(nats) - 1, share)).astype(int) if share > 1 else [len(nats) // 2] * share
+        rows = np.argsort(nats, kind="stable")[ranks]
+        of = ", compared" if images.kind == "compared" else ""
+        for row, picture in zip(rows, processor.decode(images.tokens[rows]), strict=True):
+            title = f"{shorten(images.names[row])}\n{nats[row]:.2f} nats/pixel{of}"
+            shown.append((nats[row], title, picture, images.surprise[row].reshape(processor.token_grid())))
+    shown.sort(key=lambda item: item[0])
+    _, titles, pictures, maps = zip(*shown, strict=True)
+    return plots.surprise_maps(pictures, np.stack(maps), titles)
+
+
+def draw_histogram(config: ImageGPTConfig, records: list[Record], sets: list[ImageSet]) -> Image.Image:
+    """How the nats per pixel of each set spread."""
+    values = {f"{images.kind}: {shorten(images.dataset)}": images.nats_per_pixel for images in sets}
+    levels = {UNIFORM: float(np.log(config.vocab_size - 1))}
+    found = [record.value for record in records if record.metric == "auroc"]
+    title = f"AUROC {found[0]:.3f} of telling the sets apart by nats per pixel" if found else None
+    return plots.histogram(values, "nats per pixel", levels=levels, title=title)
+
+
+def shorten(name: str, length: int = 30) -> str:
+    """`name` if it is not longer than `length`, else its end, where files differ."""
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def print_scores(sets: list[ImageSet], records: list[Record]) -> None:
+    """The mean and the extremes of each set, and how well they are told apart."""
+    print("\nNats per pixel (bits per pixel), lower is less surprising:")
+    for images in sets:
+        nats = images.nats_per_pixel
+        print(f"  {images.kind}: {images.dataset}, {len(nats):,} image{'s' if len(nats) > 1 else ''}")
+        lines = {"mean": (nats.mean(), "")}
+        lines |= {
+            word: (nats[row], images.names[row])
+            for word, row in (("lowest", nats.argmin()), ("highest", nats.argmax()))
+        }
+        for word, (value, image) in lines.items():
+            print(f"    {word:<7} {value:7.4f} ({value * BITS_PER_NAT:.4f})  {image}".rstrip())
+    for record in records:
+        if record.metric == "auroc":
+            print(f"  AUROC {record.value:.4f}: how often a compared image has more nats per pixel than a scored one")

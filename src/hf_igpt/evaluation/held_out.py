@@ -1,0 +1,61 @@
+"""Which images a model was not trained on."""
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from ..data import IMAGE, DataArguments, load_images, load_labelled_images
+from .records import RECORDS, Record, read_records, read_run
+
+
+def record_of_training(model_name: str | Path) -> Record | None:
+    """The first record beside a model, which says on what it was trained; None for models without."""
+    file = Path(model_name) / RECORDS
+    return read_records(file)[0] if file.is_file() else None
+
+
+def find_split_seed(model_name: str, data_args: DataArguments, seed: int) -> int:
+    """The seed that draws held-out images: the model's own if it was trained on the same images, else `seed`.
+
+    With another seed or fraction, images that the model was trained on would be among those it is tested on: another
+    --train_val_split than in training is a ValueError. A model without records says nothing of its seed.
+    """
+    record = record_of_training(model_name)
+    if record is None or record.dataset != data_args.name() or record.seed is None:
+        return seed
+    fraction = read_run(model_name).get("train_val_split", data_args.train_val_split)
+    if fraction != data_args.train_val_split:
+        raise ValueError(
+            f"{model_name} was trained with --train_val_split {fraction}, not {data_args.train_val_split}: test images would be "
+            "among those it was trained on. Give the same."
+        )
+    found = record.seed if record.split_seed is None else record.split_seed
+    if found != seed:
+        print(f"Splits are drawn by seed {found}, as when {Path(model_name).name} was trained.")
+    return found
+
+
+def select_held_out(
+    model_name: str, data_args: DataArguments, count: int, split_seed: int | None = None
+) -> tuple[Dataset, int]:
+    """The first `count` undecoded images that a model was not trained on, and the seed of their split.
+
+    The split is the one that the model's records name, unless `split_seed` is given. ValueError: the records name other
+    data than `data_args`, or fewer images.
+    """
+    record, load, split = record_of_training(model_name), load_images, "validation"
+    if record is not None:
+        if record.started_from is not None:  # a classifier, which was trained on some of what pretraining held out
+            load, split = load_labelled_images, "test"
+        if record.dataset != data_args.name():
+            raise ValueError(
+                f"The model was trained on {record.dataset}; --num_held_out would take images of {data_args.name()}: give the "
+                "same --dataset_name or --train_dir as in training, or --images."
+            )
+        if count > record.n:
+            raise ValueError(f"--num_held_out {count}: only {record.n} images were held out in training.")
+        if split_seed is None:
+            split_seed = record.seed if record.split_seed is None else record.split_seed
+    seed = 42 if split_seed is None else split_seed
+    held_out = load(data_args, seed=seed)[split]
+    return held_out.select(range(min(count, len(held_out))))[IMAGE], seed

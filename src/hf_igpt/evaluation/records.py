@@ -1,0 +1,285 @@
+"""Records: what was measured, as data; how they are read, written and put into words; what lies beside a model."""
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .. import __version__
+from ..presets import N_COLORS, SIZES, Published
+
+
+RECORDS = "records.json"  # beside a model: what was measured. Written last: a folder that holds it holds a finished run
+RUN = "run.json"  # beside a model: how it was made (`recipe`), and what a resumed run must have in common (`identity`)
+PROBE, SCORE = "probe.json", "score.json"  # in folders of their own: the records of `probe` and of `score`
+MILESTONES = "milestones"  # folder of a run: checkpoints at fractions of its training
+UNITS = {
+    "nats_per_pixel": "nats/pixel",
+    "accuracy": "fraction",
+    "auroc": "fraction",
+    "rmse_grey_levels": "grey levels",
+    "psnr_db": "dB",
+}
+
+
+def this_machine() -> str:
+    """This machine in words: accelerator or processor cores, and the versions that matter."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{os.cpu_count()} {platform.machine()} CPU cores"
+    return f"{device}, torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+
+
+@dataclass(kw_only=True)
+class Record:
+    """One measured number and all that is needed to know what it is; None where something does not apply.
+
+    Everything that code asks of a record is a field; `details` are for people. Lists of records are written as JSON.
+    """
+
+    # The figure
+    task: str  # "generation", "linear probe", "nearest neighbours", "fine-tuning", "scoring", "palette" or "speed"
+    metric: str  # a quantity whose name says its unit, or "accuracy" and "auroc" (0..1)
+    value: float
+    unit: str
+    split: str  # of the data: "train", "validation", "test", "held out", "scored", "compared"
+    n: int  # images
+    seed: int | None = None
+    deviation: float | None = None  # standard deviation of the value over subsets or images
+    baseline: str | None = None  # the name of what a model has to beat; None: the figure is the model's own
+
+    # The images
+    dataset: str | None = None
+    image_size: tuple[int, int] | None = None  # height, width in pixels
+    colors: int | None = None  # K
+    classes: int | None = None
+
+    # The model
+    objective: str | None = None  # "causal" or "masked"
+    size: str | None = None  # the preset that has its shape, if one has
+    n_layer: int | None = None
+    n_embd: int | None = None
+    parameters: int | None = None
+    images_seen: int | None = None  # in the training that ended with this model
+    split_seed: int | None = None  # of the held-out images, if it is not `seed`
+    started_from: str | None = None  # of fine-tuned models: "pretrained" or "random weights"
+    checkpoint: str | None = None  # the name of its folder
+
+    # Probes
+    probe: str | None = None  # the classifier
+    layers: tuple[int, ...] | None = None  # whose features it sees, together
+    labels_per_class: int | None = None  # None: all
+    masks: int | None = None  # of each image, if the objective is masked; the majority decides
+
+    # Speed
+    stage: str | None = None
+    system: str | None = None  # "hf_igpt", "transformers" or "limit"
+    variant: str | None = None  # "compiled", "compiled bf16"
+    batch_size: int | None = None
+    precision: str | None = None  # "float32" or "bfloat16 autocast"
+    devices: int | None = None
+    gradient_checkpointing: bool | None = None
+
+    # Where it is from
+    revision: str = field(default=f"hf_igpt {__version__}")
+    hardware: str = field(default_factory=this_machine)
+    reference: str | None = None  # the source of a figure that was published, not measured here
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.image_size = None if self.image_size is None else tuple(self.image_size)
+        self.layers = None if self.layers is None else tuple(self.layers)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write that becomes `path` once all is written, and vanishes if that fails."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_records(path: str | Path, records: Sequence[Record]) -> None:
+    """Write `records` to `path` in one piece: a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{key: value for key, value in asdict(record).items() if value not in (None, {})} for record in records]
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """The records in `path`, also those of the first format; a file that holds anything else is a ValueError."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [Record(**(_upgrade(row) if "settings" in row else row)) for row in rows]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold records: {error}") from error
+
+
+def _upgrade(row: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a record of the first format, in which most facts stood in sentences: `model`, `data`, `settings`.
+
+    Its tables say less: only what readers of a finished run ask for is taken over.
+    """
+    known = {field.name: field for field in fields(Record)}
+    settings = {key.replace(" ", "_"): value for key, value in row["settings"].items()}
+    if "layer" in settings:
+        settings["layers"] = (settings.pop("layer"),)
+    if settings.get("masks") == 0:
+        del settings["masks"]
+    if "started_from" in settings:
+        task = "fine-tuning"
+    elif "set" in settings:
+        task = "scoring"
+    elif "probe" in settings:
+        task = "nearest neighbours" if "neighbours" in settings["probe"] else "linear probe"
+    else:
+        task = {"rmse_grey_levels": "palette", "psnr_db": "palette", "seconds": "speed", "peak_memory": "speed"}.get(
+            row["metric"], "generation"
+        )
+    upgraded = {key: row[key] for key in row if key in known and key != "baseline"}
+    upgraded |= {key: value for key, value in settings.items() if key in known}
+    left = {key: value for key, value in settings.items() if key not in known}
+    return upgraded | {
+        "task": task,
+        "dataset": row["data"].split(", ")[0],
+        "baseline": settings.get("of", row["model"].removesuffix(" counts")) if row["baseline"] else None,
+        "details": left | {"model": row["model"], "data": row["data"]},
+    }
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """What `run.json` says of the run that a model's folder, checkpoint or milestone is from; {} if there is none."""
+    folder = Path(folder)
+    places = {"checkpoint-": folder.parent, "step-": folder.parent.parent}
+    of_run = [place for prefix, place in places.items() if folder.name.startswith(prefix)]
+    file = next((place / RUN for place in (folder, *of_run) if (place / RUN).is_file()), None)
+    return json.loads(file.read_text()) if file else {}
+
+
+# -- fields ------------------------------------------------------------------------------------------------------------
+
+
+def find_size(config) -> str | None:
+    """The name of the preset that has a configuration's shape, if one has."""
+    shape = (config.n_layer, config.n_embd, config.n_head)
+    return next((name for name, size in SIZES.items() if (size.n_layer, size.n_embd, size.n_head) == shape), None)
+
+
+def fields_of_model(config) -> dict[str, Any]:
+    """What records say of a model's configuration."""
+    names = {"objective": config.objective, "size": find_size(config)}
+    return names | {"n_layer": config.n_layer, "n_embd": config.n_embd}
+
+
+def fields_of_images(dataset: str, processor, classes: int | None = None) -> dict[str, Any]:
+    """What records say of images and of the processor that makes tokens of them."""
+    grid = {"image_size": processor.token_grid(), "colors": len(processor.clusters)}
+    return {"dataset": dataset} | grid | {"classes": classes}
+
+
+def record_published(figure: Published) -> Record:
+    """A figure that OpenAI published, as a record."""
+    return Record(
+        task=figure.task,
+        metric="nats_per_pixel" if figure.task == "generation" else "accuracy",
+        value=figure.value,
+        unit="nats/pixel" if figure.task == "generation" else "fraction",
+        split="validation" if figure.data == "ILSVRC-2012" else "test",
+        n={"ILSVRC-2012": 50_000, "STL-10": 8_000}.get(figure.data, 10_000),
+        dataset=figure.data,
+        image_size=(figure.image_size, figure.image_size),
+        colors=N_COLORS,
+        objective=figure.objective,
+        size=figure.size,
+        labels_per_class=figure.labels_per_class,
+        revision="openai/image-gpt",
+        hardware="OpenAI's",
+        reference=figure.source,
+    )
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def describe_network(record: Record) -> str:
+    """The network alone: "Image GPT masked tiny"."""
+    shape = record.size or ("" if record.n_layer is None else f"{record.n_layer} x {record.n_embd}")
+    words = ["Image GPT", "masked" if record.objective == "masked" else "", shape]
+    return " ".join(word for word in words if word)
+
+
+def describe_model(record: Record) -> str:
+    """What was measured: a network with its training or its probe, or a baseline."""
+    if record.reference is not None:
+        labels = f" with {record.labels_per_class} labels per class" if record.labels_per_class else ""
+        return f"iGPT-{(record.size or '').upper()}, {record.task}{labels}: OpenAI's figure ({record.reference})"
+    if record.task == "palette":
+        source = f" from {record.checkpoint}" if record.checkpoint else ""
+        return f"palette of {record.colors} colours{source}"
+    if record.task == "speed":
+        return " ".join(filter(None, (record.system, record.variant)))
+    if record.baseline is None or record.baseline == "untrained":
+        words = [describe_network(record)]
+    else:
+        words = [record.baseline]
+    if record.probe is None:
+        if record.baseline is None:
+            words += [f"{record.parameters:,} parameters"] if record.parameters is not None else []
+            words += [f"{record.images_seen:,} images seen"] if record.images_seen is not None else []
+    else:
+        words += ["untrained"] if record.baseline == "untrained" else []
+        words += ["fine-tuned"] if record.started_from else []
+        words += [describe_layers(record), record.probe] if record.layers else [record.probe]
+    if record.masks:
+        words.append(f"{record.masks} mask{'s' if record.masks > 1 else ''}")
+    if record.labels_per_class:
+        words.append(f"{record.labels_per_class} labels per class")
+    return ", ".join(words)
+
+
+def describe_layers(record: Record) -> str:
+    """ "layer 4", or "layers 2 to 4"."""
+    layers = record.layers or ()
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+
+
+def describe_images(record: Record) -> str:
+    """What it was measured on: "cifar10, 16x16, 512 colours, 10 classes"."""
+    words = [record.dataset or "no images"]
+    words += [f"{record.image_size[0]}x{record.image_size[1]}"] if record.image_size else []
+    words += [f"{record.colors} colours"] if record.colors and record.task != "palette" else []
+    words += [f"{record.classes} classes"] if record.classes else []
+    return ", ".join(words)
+
+
+def format_value(record: Record, digits: int = 1) -> str:
+    """The value with its unit: fractions in per cent with `digits` decimals and their deviation, others with 5 digits."""
+    if record.unit == "fraction":
+        deviation = f" ± {100 * record.deviation:.{digits}f}" if record.deviation else ""
+        return f"{100 * record.value:.{digits}f}{deviation} %"
+    return f"{record.value:.5g} {record.unit}"
+
+
+def markdown_table(records: Sequence[Record]) -> str:
+    """Records as a Markdown table: model, data, images, value."""
+    lines = ["| what | data | images | value |", "|---|---|---|---|"]
+    for record in records:
+        images = f"{describe_images(record)}, {record.split}"
+        lines.append(f"| {describe_model(record)} | {images} | {record.n:,} | {format_value(record)} |")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What leaves the house: published repositories, their cards, converted checkpoints."""

@@ -1,0 +1,1 @@
+"""Records shown: pictures and reports."""
