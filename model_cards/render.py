@@ -35,9 +35,7 @@ def card_of_run(name: str, report: str, preset: dict) -> str:
     pictures = {caption: file for file, caption in PICTURES.items() if (folder / file).is_file()}
     grid = (preset["image_size"], preset["image_size"])
     records = read_records(folder / RECORDS)
-    return render_card(
-        f"hf-igpt/{name}", config, grid, True, recipe, records, pictures, folder=f"../reports/{report}/"
-    )
+    return render_card(f"hf-igpt/{name}", config, grid, True, recipe, records, pictures, folder=f"../reports/{report}/")
 
 
 def render_all() -> dict[str, str]:

@@ -7,8 +7,8 @@ Writes probe.json and the curve of accuracy by layer, probe.png, to the model's 
 """
 
 from hf_igpt.commands.cli import run_script
-from hf_igpt.data import DataArguments
 from hf_igpt.commands.probe import ProbeArguments, probe
+from hf_igpt.data import DataArguments
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 Seconds, unless milestones are probed first. Writes index.html, report.md and the figures to --output_dir.
 """
 
-from hf_igpt.commands.report import ReportArguments, report
 from hf_igpt.commands.cli import run_script
+from hf_igpt.commands.report import ReportArguments, report
 from hf_igpt.data import DataArguments
 
 

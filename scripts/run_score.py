@@ -9,8 +9,8 @@ another kind from those scored (AUROC).
 """
 
 from hf_igpt.commands.cli import run_script
-from hf_igpt.data import DataArguments
 from hf_igpt.commands.score import ScoreArguments, score
+from hf_igpt.data import DataArguments
 
 
 if __name__ == "__main__":

@@ -57,8 +57,15 @@ class Scripts:
 def serve():
     # What the scripts would spend most of their time on.
     from hf_igpt import hub, planning  # noqa: F401
-    from hf_igpt.commands import finetune, pretrain, probe, report, sample, score  # noqa: F401
-    from hf_igpt.commands import clusters, finetune, pretrain, sample  # noqa: F401
+    from hf_igpt.commands import (  # noqa: F401
+        clusters,
+        finetune,
+        pretrain,
+        probe,
+        report,
+        sample,
+        score,
+    )
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

@@ -9,6 +9,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomized, small_config
+from hf_igpt.probing import (
+    KNN,
+    Fit,
+    ProbeArguments,
+    balanced_subset,
+    best_of,
+    few_label_regression,
+    logistic_regressions,
+    nearest_neighbours,
+    probe,
+    sgd_regressions,
+)
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
@@ -30,18 +42,6 @@ from hf_igpt.data import DataArguments
 from hf_igpt.evaluation.metrics import majority_vote
 from hf_igpt.evaluation.records import Record, read_records, write_records
 from hf_igpt.features_imagegpt import extract
-from hf_igpt.probing import (
-    KNN,
-    Fit,
-    ProbeArguments,
-    balanced_subset,
-    best_of,
-    few_label_regression,
-    logistic_regressions,
-    nearest_neighbours,
-    probe,
-    sgd_regressions,
-)
 
 
 # -- classifiers -------------------------------------------------------------------------------------------------------

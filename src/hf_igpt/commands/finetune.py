@@ -25,9 +25,7 @@ from ..training.arguments import FinetuningArguments, ModelArguments
 from ..training.runs import log_main
 
 
-def finetune(
-    model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments
-) -> list[Record]:
+def finetune(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> list[Record]:
     """Fine-tune an Image GPT to classify, by L_CLF + weight · L_GEN [V2 2.3], and write it to `args.output_dir`.
 
     Without `model_name_or_path` it starts from random weights, the paper's baseline. The model of the best validation

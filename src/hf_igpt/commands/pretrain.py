@@ -27,9 +27,7 @@ from ..training.runs import log_main
 BASELINE_TOKENS = 20_000_000  # training tokens that counting models are fitted to, at most
 
 
-def pretrain(
-    model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments
-) -> list[Record]:
+def pretrain(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> list[Record]:
     """Pretrain an Image GPT, causal or masked, and write it to `args.output_dir`; returns what was measured.
 
     Written: the best model with its processor; checkpoints (the last, the best) and milestones likewise; `samples/` with a

@@ -68,7 +68,9 @@ class ProbeArguments:
     )
     sgd_steps: int = field(default=10_000, metadata={"help": "Steps of SGD (paper: 1,000,000)."})
     sgd_batch_size: int = field(default=256, metadata={"help": "Images a step of SGD; the paper states none."})
-    knn: bool = field(default=True, metadata={"help": f"Also classify by the {KNN_NEIGHBORS} nearest neighbours, by cosine."})
+    knn: bool = field(
+        default=True, metadata={"help": f"Also classify by the {KNN_NEIGHBORS} nearest neighbours, by cosine."}
+    )
     baselines: bool = field(default=True, metadata={"help": "Probe raw pixels and the untrained network as well."})
     labels_per_class: list[int] = field(
         default_factory=list,

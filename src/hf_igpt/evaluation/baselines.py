@@ -10,9 +10,7 @@ UNIFORM, UNIGRAM, POSITION_UNIGRAM = "uniform", "unigram", "position unigram"
 LEFT_BIGRAM, LEFT_UP_TRIGRAM = "left bigram", "left-and-up trigram"  # the pixel to the left; that and the one above
 
 
-def measure_counting_models(
-    train: np.ndarray, held_out: np.ndarray, width: int, n_colors: int
-) -> dict[str, float]:
+def measure_counting_models(train: np.ndarray, held_out: np.ndarray, width: int, n_colors: int) -> dict[str, float]:
     """Held-out nats per pixel of five models by their names, from `UNIFORM` to `LEFT_UP_TRIGRAM`.
 
     train, held_out: (n, N) tokens; width: pixels in a row. Outside the image there is a border symbol. Counts are smoothed

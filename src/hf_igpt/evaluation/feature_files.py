@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from .records import whole_file
 from ..features_imagegpt import check_layers, feature_batches
 from ..modeling_imagegpt import ImageGPTPreTrainedModel
+from .records import whole_file
 
 
 def write_features(

@@ -261,9 +261,7 @@ class Probing:
         fits = self.fit(features.of("train", layers), self.labels["train"])
         return best_of(fits, features.of("validation", layers), self.labels["validation"])
 
-    def fit(
-        self, features: np.ndarray, labels: np.ndarray, strengths: Sequence[float] | None = None
-    ) -> Iterator[Fit]:
+    def fit(self, features: np.ndarray, labels: np.ndarray, strengths: Sequence[float] | None = None) -> Iterator[Fit]:
         """A fit for each of `strengths`, by default those of the options."""
         options = self.options
         if options.probe == "sgd":
@@ -284,9 +282,7 @@ class Probing:
         """Fit again to all that is known, with the strength that was chosen, and read the test images."""
         (final,) = self.fit(features.known(layers), self.known, [fit.strength])
         # Without layers there is one array of features.
-        votes = [
-            final.predict(np.concatenate([draw[layer] for layer in layers or draw], axis=1)) for draw in draws
-        ]
+        votes = [final.predict(np.concatenate([draw[layer] for layer in layers or draw], axis=1)) for draw in draws]
         return self.record_votes(votes, baseline, self.describe_fit(final, layers), features.masked)
 
     def test_few_labels(self, features: "Features", test: np.ndarray, per_class: int, layer: int) -> Record:

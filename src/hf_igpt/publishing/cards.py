@@ -66,7 +66,9 @@ def render_card(
         tags=["image-gpt", "imagegpt", "hf_igpt"],
         datasets=[recipe["hub dataset"]] if recipe.get("hub dataset") else None,
         model_name=name,
-        eval_results=[make_eval_result(record, task) for record in records if record.metric in METRICS and record.baseline is None],
+        eval_results=[
+            make_eval_result(record, task) for record in records if record.metric in METRICS and record.baseline is None
+        ],
     )
     facts = {key: value for key, value in ({**recipe, **describe_openai_recipe(openai)}).items() if value is not None}
     facts["shape"] = f"{config.n_layer} blocks of width {config.n_embd}, {config.n_head} heads"
@@ -169,5 +171,3 @@ def describe_data(recipe: Mapping[str, Any], openai: str | None) -> str:
     if "converted from" in recipe:
         return "Converted from a TensorFlow checkpoint; its data are not known here."
     return f"Trained on {recipe['data']}." if "data" in recipe else "Nothing is known here of its data."
-
-

@@ -87,9 +87,7 @@ def write_report(folders: Sequence[str | Path], target: str | Path) -> tuple[Pat
     described = [
         {"name": run.name, "table": markdown_table(run.records), "pictures": copy_pictures(run, target)} for run in runs
     ]
-    environment = Environment(
-        loader=PackageLoader("hf_igpt.reporting"), keep_trailing_newline=True, autoescape=False
-    )
+    environment = Environment(loader=PackageLoader("hf_igpt.reporting"), keep_trailing_newline=True, autoescape=False)
     page = target / REPORT
     text = environment.get_template(f"{REPORT}.jinja").render(
         comparison=compare_with_paper(runs),
