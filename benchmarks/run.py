@@ -159,21 +159,22 @@ def table(records: list[Record], summary: bool = False) -> str:
     summary: only stages that transformers has too; of images that become tokens, those given many at once.
     """
     if summary:
-        both = {record.settings["stage"] for record in records if record.model == THEIRS}
+        both = {record.stage for record in records if record.system == THEIRS}
         both = {stage for stage in both if "tokens of" not in stage or not stage.endswith(", 1 at once")}
-        records = [record for record in records if record.settings["stage"] in both]
+        records = [record for record in records if record.stage in both]
     lines = ["| stage | hf_igpt | transformers | times faster | limit / hf_igpt | memory / theirs |", "|---" * 6 + "|"]
-    for stage in dict.fromkeys(record.settings["stage"] for record in records):
-        own = [record for record in records if record.settings["stage"] == stage]
-        times = {record.model: record.value for record in own if record.metric == "seconds"}
-        memory = {record.model: record.value for record in own if record.metric == "peak_memory"}
-        limit = times.get(LIMIT)
-        for name in (name for name in times if name.startswith(OURS)):
-            kind = name.removeprefix(OURS)
-            opponent = THEIRS + kind if THEIRS + kind in times else THEIRS
-            ours, theirs = times[name], times.get(opponent)
-            what = f"{stage}{kind.replace(' ', ', ', 1)}"
-            held = memory.get(name), memory.get(opponent)
+    for stage in dict.fromkeys(record.stage for record in records):
+        own = [record for record in records if record.stage == stage]
+        times = {(record.system, record.variant): record.value for record in own if record.metric == "seconds"}
+        memory = {(record.system, record.variant): record.value for record in own if record.metric == "peak_memory"}
+        limit = times.get((LIMIT, None))
+        for system, variant in times:
+            if system != OURS:
+                continue
+            opponent = (THEIRS, variant if (THEIRS, variant) in times else None)
+            ours, theirs = times[system, variant], times.get(opponent)
+            what = stage + (f", {variant}" if variant else "")
+            held = memory.get((system, variant)), memory.get(opponent)
             cells = [
                 what,
                 _time(ours),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole story of the paper on scikit-learn's digits, in minutes on two CPU cores; downloads no data.
 #
-#     bash scripts/pipeline.sh [FOLDER]        # default: outputs/story; the page is FOLDER/report/index.html
+#     bash scripts/pipeline.sh [FOLDER]        # default: outputs/story; the page is FOLDER/report/report.md
 #
 # Palette, causal and masked pretraining, drawing, scoring, probes of all layers and milestones, fine-tuning against training
 # from scratch, report. PYTHON names another interpreter. Steps that are done are not done again.
@@ -33,5 +33,5 @@ for objective in causal masked; do
 done
 step "$folder/scratch/records.json" run_finetune.py --image_processor_name "$palette" --output_dir "$folder/scratch"
 rm -rf "$folder/report"
-step "$folder/report/index.html" run_report.py "$folder" --output_dir "$folder/report" --probe_milestones
-echo "The page: $folder/report/index.html"
+step "$folder/report/report.md" run_report.py "$folder" --output_dir "$folder/report" --probe_milestones
+echo "The page: $folder/report/report.md"

@@ -3,7 +3,7 @@
     python scripts/run_report.py outputs/pretrain outputs/finetune
     python scripts/run_report.py outputs/ --output_dir report --probe_milestones
 
-Seconds, unless milestones are probed first. Writes index.html, report.md and the figures to --output_dir.
+Seconds, unless milestones are probed first. Writes report.md and its pictures to --output_dir.
 """
 
 from hf_igpt.commands.cli import run_script

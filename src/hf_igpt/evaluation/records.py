@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -278,8 +278,19 @@ def format_value(record: Record, digits: int = 1) -> str:
 
 def markdown_table(records: Sequence[Record]) -> str:
     """Records as a Markdown table: model, data, images, value."""
-    lines = ["| what | data | images | value |", "|---|---|---|---|"]
-    for record in records:
-        images = f"{describe_images(record)}, {record.split}"
-        lines.append(f"| {describe_model(record)} | {images} | {record.n:,} | {format_value(record)} |")
-    return "\n".join(lines)
+    rows = [
+        (describe_model(record), f"{describe_images(record)}, {record.split}", f"{record.n:,}", format_value(record))
+        for record in records
+    ]
+    return markdown_rows(["what", "data", "images", "value"], rows)
+
+
+def markdown_rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; what would end a cell or begin a tag is escaped."""
+    lines = ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def escape_markdown(text: str) -> str:
+    """Text of which nothing ends a line or a cell of a table, or begins a tag."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import compress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from jinja2 import Environment, PackageLoader
@@ -22,7 +23,9 @@ from ..evaluation.records import (
     Record,
     describe_images,
     describe_model,
+    escape_markdown,
     format_value,
+    markdown_rows,
     markdown_table,
     read_records,
     record_published,
@@ -85,7 +88,12 @@ def write_report(folders: Sequence[str | Path], target: str | Path) -> tuple[Pat
             drawn[file].save(target / file)
         figures.append({"title": title, "needs": needs, "file": file if file in drawn else ""})
     described = [
-        {"name": run.name, "table": markdown_table(run.records), "pictures": copy_pictures(run, target)} for run in runs
+        {
+            "name": escape_markdown(run.name),
+            "table": markdown_table(run.records),
+            "pictures": copy_pictures(run, target),
+        }
+        for run in runs
     ]
     environment = Environment(loader=PackageLoader("hf_igpt.reporting"), keep_trailing_newline=True, autoescape=False)
     page = target / REPORT
@@ -148,7 +156,7 @@ def copy_pictures(run: Run, target: Path) -> dict[str, str]:
             copy = Path("pictures", run.name, file.name)
             (target / copy).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / copy)
-            pictures[caption] = copy.as_posix()
+            pictures[caption] = quote(copy.as_posix())
     return pictures
 
 
@@ -270,7 +278,7 @@ def compare_with_paper(runs: Sequence[Run]) -> str:
         if not best:
             rows.append([kind, "not measured", "", cite(figures), ""])
     head = ["what", "ours", "which of ours", "OpenAI's", "what differs from the last of these"]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    return markdown_rows(head, rows)
 
 
 def name_kind(figure: Published) -> str:
