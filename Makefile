@@ -10,7 +10,7 @@ DEMO = outputs/demo
 TORCHVISION = $(VENV)/torchvision
 PEER = $(VENV)/peer
 
-.PHONY: demo test test-floor lint render clean
+.PHONY: demo test test-floor lint graph render clean
 
 demo: $(VENV)/installed  ## learn from the digits and draw, in minutes
 	rm -rf $(DEMO)
@@ -34,6 +34,11 @@ test-floor:
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
+
+# The import graph, in DOT: dot -Tsvg draws it.
+graph: $(VENV)/installed-test
+	@$(VENV)/bin/import-linter drawgraph hf_igpt
 
 render: $(VENV)/installed  ## every table and card that records, presets or the planner stand behind
 	$(VENV)/bin/python reports/render.py

@@ -1,6 +1,7 @@
 """The rules of the house that a program can check."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -74,3 +75,10 @@ def test_files_that_travel_import_public_names_only(path):
 
 def test_a_published_repository_carries_the_files_that_travel():
     assert sorted(CODE) == [path.name for path in FILES]
+
+
+def test_imports_go_one_way():
+    """The layers that setup.cfg names, from the paper's numbers to the commands."""
+    lint_imports = Path(sys.executable).parent / "lint-imports"
+    done = subprocess.run([lint_imports, "--no-cache"], cwd=ROOT.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 kept, 0 broken" in done.stdout, done.stdout + done.stderr
