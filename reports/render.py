@@ -19,6 +19,7 @@ from hf_igpt import ImageGPTConfig
 from hf_igpt.evaluation.records import RECORDS, RUN, markdown_table, read_records
 from hf_igpt.planning import PlanArguments, memory_table, options, run_table, simplest_that_fits
 from hf_igpt.publishing.cards import render_card
+from hf_igpt.reporting import plots
 from hf_igpt.reporting.reports import write_report
 
 
@@ -27,11 +28,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import run as benchmarks
 
 
-PICTURES = {
-    "samples.png": "Images drawn by the model",
-    "completions.png": "Images given, their upper halves, completions",
-    "training.png": "Nats per pixel while training",
-}
+PICTURES = ("samples.png", "completions.png", "training.png")  # that cards here show
 OURS = {"igpt-digits-tiny": ("digits-tiny", {"size": "tiny", "image_size": 8, "n_colors": 16})}
 TABLES_IN = ("README.md", "docs/speed.md", "docs/scaling.md")
 REPORTS = ("cifar10-16-paper",)  # folders of reports/ with a report.md of the runs in them
@@ -54,7 +51,8 @@ def render_card_of_run(name: str, report: str, preset: dict) -> str:
     folder = ROOT / "reports" / report
     config = ImageGPTConfig.from_preset(**preset, architectures=["ImageGPTForCausalImageModeling"])
     recipe = json.loads((folder / RUN).read_text())["recipe"]
-    pictures = {caption: file for file, caption in PICTURES.items() if (folder / file).is_file()}
+    found = plots.find_pictures(folder, "causal")
+    pictures = {plots.CAPTIONS[file]: file for file in PICTURES if file in found}
     grid = (preset["image_size"], preset["image_size"])
     records = read_records(folder / RECORDS)
     return render_card(f"hf-igpt/{name}", config, grid, True, recipe, records, pictures, folder=f"../reports/{report}/")

@@ -163,7 +163,7 @@ def test_a_report_has_all_its_pictures(page):
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     figures = {"layers.png", "loss-and-probe.png", "objectives.png", "epochs.png"}
     # The last picture that was drawn in training, not the first, and the score's.
-    copies = {"pictures/causal/step-0000010.png": (0, 128, 0), "pictures/causal/surprise.png": (0, 0, 255)}
+    copies = {"pictures/causal/samples.png": (0, 128, 0), "pictures/causal/score-surprise.png": (0, 0, 255)}
     assert files == {"report.md", *figures, *copies}
     assert sorted(pictures_in(text)) == sorted([*figures, *copies])
     assert "Not drawn" not in text

@@ -62,7 +62,7 @@ _COMPLETION = {
 _WEIGHTS = "model*.safetensors*"  # one file, or shards and their index
 _CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
 # What an earlier commit may hold that a new one does not; other files there are their owner's, and stay.
-_PICTURES = ("samples.png", "completions.png", "training.png", "confusion.png")
+_PICTURES = ("samples.png", "completions.png", "masked.png", "training.png", "confusion.png")
 _REPLACED = (
     _WEIGHTS,
     "pytorch_model*",
@@ -169,7 +169,7 @@ def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, li
         processor.auto_map = _PROCESSOR_AUTO_MAP
         processor.save_pretrained(staged)
         plots.palette_picture(processor.clusters).save(staged / "palette.png")
-        pictures = _copy_pictures(model_dir, staged)
+        pictures = _copy_pictures(model_dir, staged, config.objective)
         recipe = run.get("recipe", {})
         (staged / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")
         grid, crops = processor.token_grid(), bool(processor.do_center_crop)
@@ -237,22 +237,13 @@ def check_model(folder: str | Path):
     return config, processor
 
 
-def _copy_pictures(source: Path, target: Path) -> dict[str, str]:
-    """Pictures that a run made, by caption: samples, completions, curve."""
-    drawn = sorted((source / "samples").glob("step-*.png"))  # at each evaluation
-    found = {
-        "Images drawn by the model": source / "samples.png"
-        if (source / "samples.png").is_file()
-        else (drawn or [None])[-1],
-        "Images given, their upper halves, completions": source / "completions.png",
-        "The course of training": source / "training.png",
-        "Classes of the test images, and what the model says": source / "confusion.png",
-    }
+def _copy_pictures(source: Path, target: Path, objective: str) -> dict[str, str]:
+    """Copies to `target` the pictures that a card shows; their names there, by caption."""
     pictures = {}
-    for (caption, file), name in zip(found.items(), _PICTURES, strict=True):
-        if file is not None and file.is_file():
+    for name, file in plots.find_pictures(source, objective).items():
+        if name in _PICTURES:
             shutil.copy(file, target / name)
-            pictures[caption] = name
+            pictures[plots.CAPTIONS[name]] = name
     return pictures
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -11,9 +12,32 @@ from ..clusters import nearest_color, to_grey_levels
 from ..evaluation.records import Record, describe_model
 
 
+CAPTIONS = {  # of the pictures in a run's folder
+    "samples.png": "Images drawn by the model",
+    "completions.png": "Images given, their upper halves, completions",
+    "masked.png": "Images, what the masked model saw of them, and what it made of that",
+    "training.png": "The course of training",
+    "confusion.png": "Classes of the test images, and what the model says",
+    "probe/probe.png": "Validation accuracy of probes by layer",
+    "score/surprise.png": "Surprise of each pixel, in nats",
+    "score/histogram.png": "Nats per pixel of images",
+    "palette.png": "The palette, and a rainbow drawn with it",
+}
 _PICTURE_SIDE = 96  # pixels, at least, that each small image is enlarged to
 _GAP = 4  # pixels between images
 _HIDDEN = (230, 0, 160)  # colour of hidden pixels, which no photo is full of
+
+
+def find_pictures(folder: str | Path, objective: str) -> dict[str, Path]:
+    """The pictures in a run's folder, by their names in `CAPTIONS`.
+
+    If none was drawn after training, the last of `samples/` stands for them; its name depends on the objective.
+    """
+    found = {name: Path(folder) / name for name in CAPTIONS if (Path(folder) / name).is_file()}
+    drawn = sorted(Path(folder, "samples").glob("step-*.png"))
+    if drawn and "samples.png" not in found:
+        found["masked.png" if objective == "masked" else "samples.png"] = drawn[-1]
+    return {name: found[name] for name in CAPTIONS if name in found}
 
 
 def image_grid(rows: list[list[Image.Image]]) -> Image.Image:

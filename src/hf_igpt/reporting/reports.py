@@ -36,17 +36,6 @@ from . import plots
 
 
 REPORT = "report.md"
-RUN_PICTURES = {  # file in a run's folder -> caption
-    "samples.png": "Images drawn by the model",
-    "completions.png": "Images given, their upper halves, completions",
-    "masked.png": "Images, what the masked model saw of them, and what it made of that",
-    "training.png": "The course of training",
-    "confusion.png": "Classes of the test images, and what the model says",
-    "probe/probe.png": "Validation accuracy of probes by layer",
-    "score/surprise.png": "Surprise of each pixel, in nats",
-    "score/histogram.png": "Nats per pixel of images",
-    "palette.png": "The palette, and a rainbow drawn with it",
-}
 FIGURES = {  # file -> title, what it needs
     "layers.png": ("Probe accuracy by layer (paper, Figure 2)", "probes: run_linear_probe.py"),
     "loss-and-probe.png": (
@@ -144,19 +133,13 @@ def shorten_names(folders: Sequence[Path]) -> dict[Path, str]:
 
 def copy_pictures(run: Run, target: Path) -> dict[str, str]:
     """Copies of the pictures in a run's folder, by caption; paths are relative to `target`."""
-    found = {caption: run.folder / file for file, caption in RUN_PICTURES.items()}
-    if not found[RUN_PICTURES["samples.png"]].is_file():
-        drawn = sorted((run.folder / "samples").glob("step-*.png"))
-        masked = any(record.objective == "masked" for record in run.records)
-        if drawn:
-            found[RUN_PICTURES["masked.png" if masked else "samples.png"]] = drawn[-1]
+    masked = any(record.objective == "masked" for record in run.records)
     pictures = {}
-    for caption, file in found.items():
-        if file.is_file():
-            copy = Path("pictures", run.name, file.name)
-            (target / copy).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / copy)
-            pictures[caption] = quote(copy.as_posix())
+    for name, file in plots.find_pictures(run.folder, "masked" if masked else "causal").items():
+        copy = Path("pictures", run.name, name.replace("/", "-"))
+        (target / copy).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / copy)
+        pictures[plots.CAPTIONS[name]] = quote(copy.as_posix())
     return pictures
 
 
