@@ -98,7 +98,7 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     sets = [read_scored_set(args, data_args, processor)]
     if args.compare:
         names, tokens = read_images(name_images(args.compare), processor, data_args.on_bad_image)
-        sets.append(ImageSet("compared", "compared", summarize_names(args.compare), names, tokens))
+        sets.append(ImageSet("compared", "compared", summarize_places(args.compare), names, tokens))
     model, loading = ImageGPTForCausalImageModeling.from_pretrained(name, output_loading_info=True)
     if loading["missing_keys"]:
         raise ValueError(
@@ -135,7 +135,7 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
 
 def read_scored_set(args: ScoreArguments, data_args: DataArguments, processor) -> ImageSet:
     """The images to score: those that are named, and held-out ones of the data that the model was trained on."""
-    cells, datasets, seed = name_images(args.images), [summarize_names(args.images)] if args.images else [], None
+    cells, datasets, seed = name_images(args.images), [summarize_places(args.images)] if args.images else [], None
     if args.num_held_out:
         held_out, seed = select_held_out(args.model_name_or_path, data_args, args.num_held_out, args.split_seed)
         for index, cell in enumerate(held_out):
@@ -157,7 +157,7 @@ def name_images(places: list[str]) -> list[tuple[str, dict]]:
     return cells
 
 
-def summarize_names(places: list[str]) -> str:
+def summarize_places(places: list[str]) -> str:
     """Files and folders in words, without the folders they are in."""
     names = [Path(place).absolute().name for place in places]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
