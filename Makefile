@@ -10,7 +10,7 @@ DEMO = outputs/demo
 TORCHVISION = $(VENV)/torchvision
 PEER = $(VENV)/peer
 
-.PHONY: demo test test-floor lint graph render clean
+.PHONY: demo test test-floor test-floor-models test-models lint graph render clean
 
 demo: $(VENV)/installed  ## learn from the digits and draw, in minutes
 	rm -rf $(DEMO)
@@ -31,6 +31,15 @@ test: $(VENV)/installed-test $(TORCHVISION)/installed $(PEER)/installed  ## the 
 test-floor:
 	$(MAKE) test VENV=.venv-floor CONSTRAINTS=tests/constraints-floor.txt EXTRAS=test,lint,openai,torchvision
 
+# What touches torch and transformers, on those versions: models, processors, training, several processes.
+MODELS = configuration_imagegpt layers_imagegpt cache_imagegpt modeling_imagegpt features_imagegpt generation_imagegpt \
+	pipelines_imagegpt image_processing_imagegpt training several_processes
+test-floor-models:
+	$(MAKE) test-models VENV=.venv-floor-models CONSTRAINTS=tests/constraints-floor.txt EXTRAS=test,torchvision
+
+test-models: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(MODELS:%=tests/test_%.py)
+
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -44,7 +53,7 @@ render: $(VENV)/installed  ## every table and card that records, presets or the 
 	$(VENV)/bin/python reports/render.py
 
 clean:
-	rm -rf .venv .venv-floor outputs build src/*.egg-info
+	rm -rf .venv .venv-floor .venv-floor-models outputs build src/*.egg-info
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
