@@ -6,7 +6,7 @@ Seconds for S, a minute for L, on a CPU. All sizes come from the file. Needs Ten
 """
 
 from hf_igpt.commands.cli import run_script
-from hf_igpt.conversion import ConvertArguments, convert
+from hf_igpt.commands.convert import ConvertArguments, convert
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Everything is checked first and pushed in one commit; --local_only pushes nothin
 """
 
 from hf_igpt.commands.cli import run_script
-from hf_igpt.hub import PublishArguments, publish
+from hf_igpt.commands.publish import PublishArguments, publish
 
 
 if __name__ == "__main__":

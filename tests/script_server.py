@@ -56,7 +56,7 @@ class Scripts:
 
 def serve():
     # What the scripts would spend most of their time on.
-    from hf_igpt import hub, planning  # noqa: F401
+    from hf_igpt import planning  # noqa: F401
     from hf_igpt.commands import (  # noqa: F401
         clusters,
         finetune,

@@ -20,7 +20,8 @@ from hf_igpt import (
     ImageGPTForImageClassification,
     ImageGPTForMaskedImageModeling,
 )
-from hf_igpt.conversion import ConvertArguments, convert, from_openai, read_openai, to_openai
+from hf_igpt.commands.convert import ConvertArguments, convert
+from hf_igpt.publishing.conversion import from_openai, read_openai, to_openai
 
 
 pytest.importorskip("tensorflow", reason="make test installs it")

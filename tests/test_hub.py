@@ -29,9 +29,10 @@ from hf_igpt import (
     ImageGPTForMaskedImageModeling,
     ImageGPTImageProcessorPil,
 )
+from hf_igpt.commands.publish import PublishArguments, publish
 from hf_igpt.evaluation.records import RECORDS, RUN, Record, write_records
 from hf_igpt.features_imagegpt import features_of_tokens
-from hf_igpt.hub import CODE, PublishArguments, check_model, publish, write_repository
+from hf_igpt.publishing.hub import CODE, check_model, write_repository
 
 
 ROOT = Path(__file__).parent.parent

@@ -11,6 +11,7 @@ from ..data import DataArguments, TrainingImages
 from ..data.prepare import PALETTE_PIXELS, log_distortion
 from ..evaluation.records import RECORDS, UNITS, Record, write_records
 from ..reporting import plots
+from .folders import check_holds_only
 
 
 @dataclass
@@ -34,11 +35,7 @@ def fit_clusters(args: ClustersArguments, data_args: DataArguments) -> list[Reco
     """Fit (or read) a palette, measure its distortion on held-out images, and write it as an image processor."""
     folder = Path(args.output_dir)
     files = {"preprocessor_config.json", "palette.npy", "palette.png", RECORDS}
-    strange = {entry.name for entry in folder.iterdir()} - files if folder.is_dir() else set()
-    if strange:
-        raise ValueError(
-            f"{folder} holds something else ({', '.join(sorted(strange)[:5])}): give another --output_dir."
-        )
+    check_holds_only(folder, files)
     palette = clusters.load_palette(args.palette) if args.palette else None
     images = TrainingImages(data_args, args.seed)
     if palette is None:

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 from transformers import EarlyStoppingCallback
 
-from .. import hub
 from ..data import LABEL, DataArguments, TrainingImages
 from ..evaluation.held_out import find_split_seed
 from ..evaluation.metrics import accuracy, majority_vote
@@ -19,6 +18,7 @@ from ..evaluation.records import (
     write_records,
 )
 from ..presets import FINETUNING_RATE
+from ..publishing.hub import push
 from ..reporting import plots
 from ..training import runs
 from ..training.arguments import FinetuningArguments, ModelArguments
@@ -61,7 +61,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
 
     stops_early = args.load_best_model_at_end and args.early_stopping_patience
     callbacks = [EarlyStoppingCallback(args.early_stopping_patience)] if stops_early else []
-    trainer = runs.build_trainer(args, model, train, validation, processor, hub.push, callbacks)
+    trainer = runs.build_trainer(args, model, train, validation, processor, push, callbacks)
     runs.log_plan(trainer, images, f"{len(validation):,} for validation, {len(test):,} for the test")
     runs.train(trainer, checkpoint)
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from .. import hub
 from ..data import MASK, TOKENS, DataArguments, TrainingImages, collate_tokens, token_array
 from ..evaluation.baselines import POSITION_UNIGRAM, UNIFORM, UNIGRAM, measure_counting_models
 from ..evaluation.metrics import BITS_PER_NAT
@@ -17,6 +16,7 @@ from ..evaluation.records import (
     write_records,
 )
 from ..generation_imagegpt import fill_in, sample
+from ..publishing.hub import push
 from ..reporting import plots
 from ..training import runs
 from ..training.arguments import ModelArguments, PretrainingArguments
@@ -60,7 +60,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     if args.should_save:
         plots.palette_picture(processor.clusters).save(folder / "palette.png")
 
-    trainer = runs.build_trainer(args, model, train, held_out, processor, hub.push)
+    trainer = runs.build_trainer(args, model, train, held_out, processor, push)
     if args.num_samples and trainer.is_sharded:
         log_main("No samples are drawn during training: the weights are shared out among processes.")
     elif args.num_samples:

@@ -25,6 +25,7 @@ from ..modeling_imagegpt import ImageGPTModel
 from ..presets import EVALUATION_MASKS, KNN_NEIGHBORS, PROBE_SGD_LEARNING_RATES, PROBE_SUBSETS
 from ..reporting import plots
 from .cli import find_device
+from .folders import check_lacks, folder_beside
 
 
 @dataclass
@@ -193,17 +194,14 @@ def list_models(args: ProbeArguments) -> list[str]:
 
 def prepare_subject(name: str, args: ProbeArguments, n_models: int) -> Subject:
     """Everything about a model but its weights; what is wrong with it or its folder is a ValueError."""
-    if args.output_dir is None and not Path(name).is_dir():
-        raise ValueError(f"Give --output_dir: {name} is on the Hub, so there is no folder of its own to write to.")
+    folder = folder_beside(name, args.output_dir, "probe")
+    if args.output_dir and n_models > 1:
+        folder = folder / Path(name).absolute().name
+    check_lacks(folder, PROBE)
     config = ImageGPTConfig.from_pretrained(name)
     layers = sorted(set(check_layers(config, args.layers)))
     if args.num_concatenated > 1:
         layers_around(0, config.n_layer, args.num_concatenated)
-    folder = Path(args.output_dir) if args.output_dir else Path(name) / "probe"
-    if args.output_dir and n_models > 1:
-        folder = folder / Path(name).absolute().name
-    if (folder / PROBE).exists():
-        raise ValueError(f"{folder} holds {PROBE} already: give another --output_dir, or delete it.")
     about: dict[str, Any] = {"checkpoint": Path(name).absolute().name}
     trained = record_of_training(name)
     if trained is not None:

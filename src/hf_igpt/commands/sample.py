@@ -12,6 +12,7 @@ from ..generation_imagegpt import complete, sample
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling
 from ..reporting import plots
 from .cli import find_device
+from .folders import folder_beside
 
 
 @dataclass
@@ -49,6 +50,7 @@ def draw(args: SampleArguments, data_args) -> list[Path]:
     """Write `samples.png` and `completions.png` as the arguments ask; returns their paths."""
     if args.rows is not None and not (args.images or args.num_held_out):
         raise ValueError("--rows is of images to complete: give them with --images or --num_held_out.")
+    folder = folder_beside(args.model_name_or_path, args.output_dir)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = ImageGPTForCausalImageModeling.from_pretrained(args.model_name_or_path, dtype=dtype)
     processor = data.processor_of(args.model_name_or_path, model.config)
@@ -58,9 +60,6 @@ def draw(args: SampleArguments, data_args) -> list[Path]:
         cells, _ = select_held_out(args.model_name_or_path, data_args, args.num_held_out, args.split_seed)
         print(f"Completing {len(cells)} held-out images of {data_args.name()}")
         given += [data.read_image(cell) for cell in cells]
-    folder = Path(args.output_dir or args.model_name_or_path)
-    if args.output_dir is None and not folder.is_dir():
-        raise ValueError("Give --output_dir: the model is on the Hub, so there is no folder of its own to write to.")
     folder.mkdir(parents=True, exist_ok=True)
     options = {name: getattr(args, name) for name in ("seed", "temperature", "top_k", "top_p", "batch_size")}
     written = []

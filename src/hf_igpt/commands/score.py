@@ -26,6 +26,7 @@ from ..evaluation.records import (
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling
 from ..reporting import plots
 from .cli import find_device
+from .folders import folder_beside
 
 
 @dataclass
@@ -89,9 +90,7 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     with the model, the folders or the images is a ValueError before any forward pass.
     """
     name = args.model_name_or_path
-    if args.output_dir is None and not Path(name).is_dir():
-        raise ValueError(f"Give --output_dir: {name} is on the Hub, so there is no folder of its own to write to.")
-    folder = Path(args.output_dir) if args.output_dir else Path(name) / "score"
+    folder = folder_beside(name, args.output_dir, "score")
     config = ImageGPTConfig.from_pretrained(name)
     check_causal(config)
     processor = processor_of(name, config)

@@ -28,7 +28,7 @@ class ImageGPTTrainer(Trainer):
 
     def __init__(self, model, *, clock: Clock | None = None, publish=None, callbacks=(), **kwargs):
         if publish is None and kwargs.get("args") is not None and kwargs["args"].push_to_hub:
-            raise ValueError("--push_to_hub needs to know how: pass publish=hf_igpt.hub.push.")
+            raise ValueError("--push_to_hub needs to know how: pass publish=hf_igpt.publishing.hub.push.")
         self.clock, self.publish = clock, publish
         self.classifies = isinstance(model, ImageGPTForImageClassification)
         defaults = {
@@ -141,7 +141,7 @@ class ImageGPTTrainer(Trainer):
         token, revision: instead of --hub_token and --hub_revision.
         """
         if self.publish is None:
-            raise ValueError("This Trainer cannot publish: build it with publish=hf_igpt.hub.push.")
+            raise ValueError("This Trainer cannot publish: build it with publish=hf_igpt.publishing.hub.push.")
         if self.hub_model_id is None:
             self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)

@@ -4,39 +4,32 @@ The released checkpoints (`model.ckpt-1000000` and its shards) hold the variable
 beside Adam's slots. H heads, E = D / H their width.
 """
 
-import json
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from .clusters import load_palette
-from .configuration_imagegpt import ImageGPTConfig
-from .evaluation.records import RUN
-from .image_processing_imagegpt import ImageGPTImageProcessorPil
-from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
+from ..configuration_imagegpt import ImageGPTConfig
 
 
 # OpenAI's name -> ours; in a block also how the array changes: None (as it is), "heads" (H, E, D) -> (D, D).
 # wte, sos and the three of q, k, v have parts of a weight each; they are joined in `from_openai`.
-_WHOLE = {
+WHOLE = {
     "wpe": "transformer.wpe.weight",
     "wtet": "lm_head.weight",
     "ln_f/g": "transformer.ln_f.weight",
     "clf/wclf": "score.weight",
 }
-_OF_BLOCK = {
+OF_BLOCK = {
     "ln_1/g": ("ln_1.weight", None),
     "ln_2/g": ("ln_2.weight", None),
     "attn/c_proj": ("attn.c_proj.weight", "heads"),
     "mlp/c_fc/w": ("mlp.c_fc.weight", None),
     "mlp/c_proj/w": ("mlp.c_proj.weight", None),
 }
-_QKV = [f"attn/{part}_proj" for part in "qkv"]
-_SKIPPED = re.compile(r"(.*/)?(Adam(_\d+)?|adam_[mv])(/.*)?$|(.*/)?(beta[12]_power|global_step)$")
+QKV = [f"attn/{part}_proj" for part in "qkv"]
+SKIPPED = re.compile(r"(.*/)?(Adam(_\d+)?|adam_[mv])(/.*)?$|(.*/)?(beta[12]_power|global_step)$")
 
 
 def read_openai(checkpoint: str | Path) -> dict[str, np.ndarray]:
@@ -59,7 +52,7 @@ def read_openai(checkpoint: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{checkpoint} has {len(shards)} of its {expected} data files: download all of them.")
     try:
         reader = py_checkpoint_reader.NewCheckpointReader(str(checkpoint))
-        names = [name for name in reader.get_variable_to_shape_map() if not _SKIPPED.match(name)]
+        names = [name for name in reader.get_variable_to_shape_map() if not SKIPPED.match(name)]
         return {name.removeprefix("model/"): reader.get_tensor(name) for name in sorted(names)}
     except Exception as error:  # TensorFlow's own errors, and whatever a broken index makes of its reader
         raise ValueError(f"{checkpoint} cannot be read; a file is damaged or cut short: {error}") from error
@@ -89,15 +82,15 @@ def from_openai(variables: dict[str, np.ndarray]) -> tuple[ImageGPTConfig, dict[
     if wrong := {name: width for name, width in widths.items() if width != d}:
         raise ValueError(f"wte has width {d}, but {wrong}: the checkpoint's variables do not fit together.")
     state = {"transformer.wte.weight": torch.cat([wte, sos[None]])}
-    for name, ours in _WHOLE.items():
+    for name, ours in WHOLE.items():
         if name != "clf/wclf" or name in left:
             state[ours] = take(name)
     n_head = None
     for i in range(n_layer):
-        qkv = [take(f"h{i}/{name}") for name in _QKV]
+        qkv = [take(f"h{i}/{name}") for name in QKV]
         n_head = qkv[0].shape[0]
         state[f"transformer.h.{i}.attn.c_attn.weight"] = torch.cat([part.flatten(0, 1).T for part in qkv], dim=1)
-        for name, (ours, layout) in _OF_BLOCK.items():
+        for name, (ours, layout) in OF_BLOCK.items():
             weight = take(f"h{i}/{name}")
             state[f"transformer.h.{i}.{ours}"] = weight.flatten(0, 1) if layout == "heads" else weight
     if left:
@@ -131,58 +124,17 @@ def to_openai(config: ImageGPTConfig, state: dict[str, torch.Tensor]) -> dict[st
     variables = {"wte": wte[:-1]}
     if config.objective == "causal":
         variables["sos"] = wte[-1]
-    for name, ours in _WHOLE.items():
+    for name, ours in WHOLE.items():
         if ours in state:
             variables[name] = state.pop(ours)
     for i in range(config.n_layer):
         qkv = state.pop(f"transformer.h.{i}.attn.c_attn.weight").split(d, dim=1)
-        for name, part in zip(_QKV, qkv, strict=True):
+        for name, part in zip(QKV, qkv, strict=True):
             variables[f"h{i}/{name}"] = part.T.unflatten(0, heads)
-        for name, (ours, layout) in _OF_BLOCK.items():
+        for name, (ours, layout) in OF_BLOCK.items():
             weight = state.pop(f"transformer.h.{i}.{ours}")
             variables[f"h{i}/{name}"] = weight.unflatten(0, heads) if layout == "heads" else weight
     for name, weight in state.items():
         if not name.endswith(".bias") or weight.any():
             raise ValueError(f"{name} has no place in OpenAI's model, which has no biases.")
     return {name: weight.contiguous().numpy() for name, weight in variables.items()}
-
-
-@dataclass
-class ConvertArguments:
-    """Which checkpoint, and where to."""
-
-    checkpoint: str = field(metadata={"help": "TensorFlow checkpoint, without suffix: DIR/model.ckpt-1000000."})
-    output_dir: str = field(metadata={"help": "A new or empty folder."})
-    palette: str | None = field(
-        default=None, metadata={"help": "kmeans_centers.npy, so that the image processor is written too."}
-    )
-
-
-def convert(args: ConvertArguments) -> Path:
-    """Write the checkpoint as a folder that `from_pretrained` loads, with its image processor if a palette is given."""
-    folder = Path(args.output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--output_dir {folder} is not empty: give a new one.")
-    palette = None if args.palette is None else load_palette(args.palette)
-    config, state = from_openai(read_openai(args.checkpoint))
-    image_size = round(config.n_positions**0.5)
-    if palette is not None and len(palette) != config.vocab_size - 1:
-        raise ValueError(f"{args.palette} has {len(palette)} colours, the model {config.vocab_size - 1}.")
-    head = ImageGPTForCausalImageModeling if config.objective == "causal" else ImageGPTForMaskedImageModeling
-    config.architectures = [head.__name__] + (["ImageGPTForImageClassification"] if "score.weight" in state else [])
-    config.save_pretrained(folder)
-    save_file(
-        {name: weight.contiguous() for name, weight in state.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
-    if config.objective == "causal":
-        with torch.device("meta"):
-            ImageGPTForCausalImageModeling(config).generation_config.save_pretrained(folder)
-    if palette is not None:
-        ImageGPTImageProcessorPil(clusters=palette, size=image_size, do_center_crop=True).save_pretrained(folder)
-    recipe = {"objective": config.objective, "converted from": Path(args.checkpoint).name}
-    (folder / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")
-    n_parameters = sum(weight.numel() for name, weight in state.items() if not name.endswith(".bias"))
-    print(
-        f"Wrote {n_parameters:,} parameters ({config.objective}, {config.n_layer} layers x {config.n_embd}) to {folder}"
-    )
-    return folder

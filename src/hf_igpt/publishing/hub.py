@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -16,12 +15,12 @@ import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import safe_open
 
-from . import modeling_imagegpt
-from .configuration_imagegpt import ImageGPTConfig
-from .evaluation.records import RECORDS, RUN, read_records, read_run
-from .image_processing_imagegpt import InstalledProcessor
-from .publishing import cards
-from .reporting import plots
+from .. import modeling_imagegpt
+from ..configuration_imagegpt import ImageGPTConfig
+from ..evaluation.records import RECORDS, RUN, read_records, read_run
+from ..image_processing_imagegpt import InstalledProcessor
+from ..reporting import plots
+from .cards import render_card
 
 
 CODE = (
@@ -38,7 +37,7 @@ CODE = (
     "generation_imagegpt.py",
     "pipelines_imagegpt.py",
 )
-_AUTO_MAP = {
+AUTO_MAP = {
     "AutoConfig": "configuration_imagegpt.ImageGPTConfig",
     "AutoModel": "modeling_imagegpt.ImageGPTModel",
     "AutoModelForCausalLM": "modeling_imagegpt.ImageGPTForCausalImageModeling",
@@ -46,71 +45,34 @@ _AUTO_MAP = {
     "AutoModelForImageClassification": "modeling_imagegpt.ImageGPTForImageClassification",
 }
 # As a dictionary: with a single string, pipelines of transformers ask a question on the terminal.
-_PROCESSOR_AUTO_MAP = {
+PROCESSOR_AUTO_MAP = {
     "AutoImageProcessor": {
         "torchvision": "image_processing_imagegpt.ImageGPTImageProcessor",
         "pil": "image_processing_imagegpt.ImageGPTImageProcessorPil",
     }
 }
-_COMPLETION = {
+CUSTOM_PIPELINES = {
     "image-completion": {
         "impl": "pipelines_imagegpt.ImageCompletionPipeline",
         "pt": ["AutoModelForCausalLM"],
         "type": "image",
     }
 }
-_WEIGHTS = "model*.safetensors*"  # one file, or shards and their index
-_CONFIG, _PROCESSOR = "config.json", "preprocessor_config.json"
+WEIGHTS = "model*.safetensors*"  # one file, or shards and their index
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 # What an earlier commit may hold that a new one does not; other files there are their owner's, and stay.
-_PICTURES = ("samples.png", "completions.png", "masked.png", "training.png", "confusion.png")
-_REPLACED = (
-    _WEIGHTS,
+PICTURES = ("samples.png", "completions.png", "masked.png", "training.png", "confusion.png")
+REPLACED = (
+    WEIGHTS,
     "pytorch_model*",
     "training_args.bin",
     "generation_config.json",
     RECORDS,
-    *_PICTURES,
+    *PICTURES,
     *CODE,
     "pipelines.py",
 )
-_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-
-
-@dataclass
-class PublishArguments:
-    """What to publish, and where."""
-
-    model: str = field(metadata={"help": "Folder of a trained or converted model, with its image processor."})
-    repo_id: str = field(metadata={"help": "Its name on the Hub: organisation/name."})
-    private: bool = field(default=False, metadata={"help": "Make the repository private."})
-    local_only: str | None = field(
-        default=None, metadata={"help": "Write the repository to this new or empty folder and push nothing."}
-    )
-    license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, by its name on the Hub."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to commit to. Default: main."})
-
-
-def publish(args: PublishArguments) -> str:
-    """Validate a model's folder and push it as a whole repository in one commit, or write it to `local_only`.
-
-    Returns the address, or the folder. What is wrong with the folder is a ValueError before anything is written or sent;
-    an interrupted push leaves the repository as it was.
-    """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo_id):
-        raise ValueError(f"--repo_id is organisation/name; found {args.repo_id}.")
-    if args.local_only is not None:
-        target = Path(args.local_only)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ValueError(f"--local_only {target} is not empty: give a new folder.")
-        write_repository(args.model, target, args.repo_id, args.license)
-        where = str(target)
-    else:
-        HfApi().whoami()  # or there is no token: said before any work
-        _check_visibility(args.repo_id, args.private)
-        where = push(args.model, args.repo_id, licence=args.license, private=args.private, revision=args.revision)
-    print(f"{'Wrote' if args.local_only else 'Published'} {where}\n")
-    print(_ways_to_load(ImageGPTConfig.from_pretrained(args.model), args.local_only or args.repo_id))
-    return where
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 def push(
@@ -133,17 +95,17 @@ def push(
         # Not `upload_folder`, which makes several commits if an upload is large or slow.
         api.create_commit(
             repo_id,
-            _operations(api.list_repo_files(repo_id, revision=revision), repository),
+            plan_commit(api.list_repo_files(repo_id, revision=revision), repository),
             commit_message=message,
             revision=revision,
         )
     return str(url)
 
 
-def _operations(old: list[str], folder: Path) -> list:
+def plan_commit(old: list[str], folder: Path) -> list:
     """Adds all files of `folder`; deletes what an earlier commit of ours may have left beside them."""
     new = {file.name: file for file in folder.iterdir()}
-    stale = [name for name in old if name not in new and any(fnmatch(name, pattern) for pattern in _REPLACED)]
+    stale = [name for name in old if name not in new and any(fnmatch(name, pattern) for pattern in REPLACED)]
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in sorted(new.items())]
     return operations + [CommitOperationDelete(path_in_repo=name) for name in stale]
 
@@ -157,25 +119,25 @@ def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, li
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for file in [*model_dir.glob(_WEIGHTS), *model_dir.glob("generation_config.json"), *model_dir.glob(RECORDS)]:
+        for file in [*model_dir.glob(WEIGHTS), *model_dir.glob("generation_config.json"), *model_dir.glob(RECORDS)]:
             shutil.copy(file, staged)
         for name in CODE:
-            shutil.copy(Path(__file__).parent / name, staged)
-        config.auto_map = _AUTO_MAP
+            shutil.copy(Path(__file__).parent.parent / name, staged)
+        config.auto_map = AUTO_MAP
         draws = "ImageGPTForCausalImageModeling" in config.architectures or config.generative_loss_weight > 0
         if config.objective == "causal" and draws:
-            config.custom_pipelines = _COMPLETION
+            config.custom_pipelines = CUSTOM_PIPELINES
         config.save_pretrained(staged)
-        processor.auto_map = _PROCESSOR_AUTO_MAP
+        processor.auto_map = PROCESSOR_AUTO_MAP
         processor.save_pretrained(staged)
         plots.palette_picture(processor.clusters).save(staged / "palette.png")
-        pictures = _copy_pictures(model_dir, staged, config.objective)
+        pictures = copy_pictures(model_dir, staged, config.objective)
         recipe = run.get("recipe", {})
         (staged / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")
         grid, crops = processor.token_grid(), bool(processor.do_center_crop)
-        card = cards.render_card(repo_id, config, grid, crops, recipe, records, pictures, licence)
+        card = render_card(repo_id, config, grid, crops, recipe, records, pictures, licence)
         (staged / "README.md").write_text(card)
-        _check_for_secrets(staged, model_dir)
+        check_for_secrets(staged, model_dir)
         if folder.is_dir():
             folder.rmdir()  # it is empty
         staged.chmod(0o755)
@@ -193,8 +155,8 @@ def check_model(folder: str | Path):
     """
     folder = Path(folder)
     for name, remedy in (
-        (_CONFIG, "give the folder that run_pretrain.py or run_convert.py wrote"),
-        (_PROCESSOR, "save the image processor that the model was trained with there; run_convert.py takes --palette"),
+        (CONFIG, "give the folder that run_pretrain.py or run_convert.py wrote"),
+        (PROCESSOR, "save the image processor that the model was trained with there; run_convert.py takes --palette"),
     ):
         if not (folder / name).is_file():
             raise ValueError(f"There is no {folder / name}: {remedy}.")
@@ -206,11 +168,11 @@ def check_model(folder: str | Path):
     try:
         processor.check_fits(config)
     except ValueError as error:
-        raise ValueError(f"{folder / _PROCESSOR}: {error}") from error
+        raise ValueError(f"{folder / PROCESSOR}: {error}") from error
     names = config.architectures or []
     if not names or any(name not in modeling_imagegpt.__all__ for name in names):
         raise ValueError(
-            f"{folder / _CONFIG} names the architectures {names}; Image GPT has {modeling_imagegpt.__all__}."
+            f"{folder / CONFIG} names the architectures {names}; Image GPT has {modeling_imagegpt.__all__}."
         )
     stored = {}
     for file in files:
@@ -231,48 +193,29 @@ def check_model(folder: str | Path):
         for key, tensor in expected.items():
             if stored.get(key) != tuple(tensor.shape):
                 raise ValueError(
-                    f"{folder / _CONFIG} says {name}, whose {key} has shape {tuple(tensor.shape)}; the weights have "
+                    f"{folder / CONFIG} says {name}, whose {key} has shape {tuple(tensor.shape)}; the weights have "
                     f"{stored.get(key, 'no such tensor')}."
                 )
     return config, processor
 
 
-def _copy_pictures(source: Path, target: Path, objective: str) -> dict[str, str]:
+def copy_pictures(source: Path, target: Path, objective: str) -> dict[str, str]:
     """Copies to `target` the pictures that a card shows; their names there, by caption."""
     pictures = {}
     for name, file in plots.find_pictures(source, objective).items():
-        if name in _PICTURES:
+        if name in PICTURES:
             shutil.copy(file, target / name)
             pictures[plots.CAPTIONS[name]] = name
     return pictures
 
 
-def _check_for_secrets(folder: Path, model_dir: Path):
+def check_for_secrets(folder: Path, model_dir: Path):
     """ValueError if a text to be published holds an access token or a path of this machine."""
     private = {str(Path.home()), str(Path.cwd()), str(model_dir.resolve())} - {"/"}
     for file in [*folder.glob("*.md"), *folder.glob("*.json")]:
         text = file.read_text()
-        if _SECRET.search(text):
+        if SECRET.search(text):
             raise ValueError(f"{file.name} would hold an access token (hf_…): remove it from the model's folder.")
         for path in private:
             if path in text:
                 raise ValueError(f"{file.name} would hold the path {path}: remove it from the model's folder.")
-
-
-def _check_visibility(repo_id: str, private: bool):
-    api = HfApi()
-    if private and api.repo_exists(repo_id) and not api.model_info(repo_id).private:
-        raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or give another --repo_id.")
-
-
-def _ways_to_load(config: ImageGPTConfig, name: str) -> str:
-    auto_class = cards.auto_class(config)
-    plain = config.objective == "causal" and not config.sos_inputs
-    first = f'transformers alone:      AutoModel.from_pretrained("{name}")'
-    return "\n".join(
-        [
-            first if plain else "transformers alone:      refuses, as it would be wrong: one of the two below",
-            f'code in the repository:  {auto_class}.from_pretrained("{name}", trust_remote_code=True)',
-            f'with the package:        import hf_igpt; {auto_class}.from_pretrained("{name}")',
-        ]
-    )

@@ -1,0 +1,55 @@
+"""`scripts/run_convert.py`: OpenAI's TensorFlow checkpoints as folders that `from_pretrained` loads."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..clusters import load_palette
+from ..evaluation.records import RUN
+from ..image_processing_imagegpt import ImageGPTImageProcessorPil
+from ..modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
+from ..publishing.conversion import from_openai, read_openai
+from .folders import check_new
+
+
+@dataclass
+class ConvertArguments:
+    """Which checkpoint, and where to."""
+
+    checkpoint: str = field(metadata={"help": "TensorFlow checkpoint, without suffix: DIR/model.ckpt-1000000."})
+    output_dir: str = field(metadata={"help": "A new or empty folder."})
+    palette: str | None = field(
+        default=None, metadata={"help": "kmeans_centers.npy, so that the image processor is written too."}
+    )
+
+
+def convert(args: ConvertArguments) -> Path:
+    """Write the checkpoint as a folder that `from_pretrained` loads, with its image processor if a palette is given."""
+    folder = Path(args.output_dir)
+    check_new(folder, "--output_dir")
+    palette = None if args.palette is None else load_palette(args.palette)
+    config, state = from_openai(read_openai(args.checkpoint))
+    image_size = round(config.n_positions**0.5)
+    if palette is not None and len(palette) != config.vocab_size - 1:
+        raise ValueError(f"{args.palette} has {len(palette)} colours, the model {config.vocab_size - 1}.")
+    head = ImageGPTForCausalImageModeling if config.objective == "causal" else ImageGPTForMaskedImageModeling
+    config.architectures = [head.__name__] + (["ImageGPTForImageClassification"] if "score.weight" in state else [])
+    config.save_pretrained(folder)
+    save_file(
+        {name: weight.contiguous() for name, weight in state.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    if config.objective == "causal":
+        with torch.device("meta"):
+            ImageGPTForCausalImageModeling(config).generation_config.save_pretrained(folder)
+    if palette is not None:
+        ImageGPTImageProcessorPil(clusters=palette, size=image_size, do_center_crop=True).save_pretrained(folder)
+    recipe = {"objective": config.objective, "converted from": Path(args.checkpoint).name}
+    (folder / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")
+    n_parameters = sum(weight.numel() for name, weight in state.items() if not name.endswith(".bias"))
+    print(
+        f"Wrote {n_parameters:,} parameters ({config.objective}, {config.n_layer} layers x {config.n_embd}) to {folder}"
+    )
+    return folder

@@ -1,0 +1,36 @@
+"""Folders that commands write to: which one, and whether it may be written to."""
+
+from pathlib import Path
+
+
+def folder_beside(model_name: str, output_dir: str | None, name: str = "") -> Path:
+    """`output_dir` if it is given, else the folder `name` in the model's own (by default that itself).
+
+    A model on the Hub has no folder of its own: ValueError.
+    """
+    if output_dir is None and not Path(model_name).is_dir():
+        raise ValueError(
+            f"Give --output_dir: {model_name} is not a folder here, so there is none of its own to write to."
+        )
+    return Path(output_dir) if output_dir is not None else Path(model_name) / name
+
+
+def check_new(folder: Path, flag: str) -> None:
+    """ValueError if `folder`, given by `flag`, is a file or holds anything."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{flag} {folder} is a file: give a new or an empty folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{flag} {folder} is not empty: give a new or an empty folder.")
+
+
+def check_holds_only(folder: Path, files: set[str], flag: str = "--output_dir") -> None:
+    """ValueError if `folder`, given by `flag`, holds anything but `files`, which are written anew."""
+    strange = sorted(entry.name for entry in folder.iterdir() if entry.name not in files) if folder.is_dir() else []
+    if strange:
+        raise ValueError(f"{folder} holds something else ({', '.join(strange[:5])}): give another {flag}.")
+
+
+def check_lacks(folder: Path, file: str, flag: str = "--output_dir") -> None:
+    """ValueError if `folder`, given by `flag`, holds `file` already."""
+    if (folder / file).exists():
+        raise ValueError(f"{folder} holds {file} already: give another {flag}, or delete it.")

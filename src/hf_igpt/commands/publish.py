@@ -1,0 +1,69 @@
+"""`scripts/run_publish.py`: validate a model's folder and publish it on the Hub, or write what would be published."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from ..configuration_imagegpt import ImageGPTConfig
+from ..publishing.cards import auto_class
+from ..publishing.hub import push, write_repository
+from .folders import check_new
+
+
+@dataclass
+class PublishArguments:
+    """What to publish, and where."""
+
+    model: str = field(metadata={"help": "Folder of a trained or converted model, with its image processor."})
+    repo_id: str = field(metadata={"help": "Its name on the Hub: organisation/name."})
+    private: bool = field(default=False, metadata={"help": "Make the repository private."})
+    local_only: str | None = field(
+        default=None, metadata={"help": "Write the repository to this new or empty folder and push nothing."}
+    )
+    license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, by its name on the Hub."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to. Default: main."})
+
+
+def publish(args: PublishArguments) -> str:
+    """Validate a model's folder and push it as a whole repository in one commit, or write it to `local_only`.
+
+    Returns the address, or the folder. What is wrong with the folder is a ValueError before anything is written or sent;
+    an interrupted push leaves the repository as it was.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo_id):
+        raise ValueError(f"--repo_id is organisation/name; found {args.repo_id}.")
+    if args.local_only is not None:
+        target = Path(args.local_only)
+        check_new(target, "--local_only")
+        write_repository(args.model, target, args.repo_id, args.license)
+        where = str(target)
+    else:
+        HfApi().whoami()  # or there is no token: said before any work
+        check_visibility(args.repo_id, args.private)
+        where = push(args.model, args.repo_id, licence=args.license, private=args.private, revision=args.revision)
+    print(f"{'Wrote' if args.local_only else 'Published'} {where}\n")
+    print(describe_loading(ImageGPTConfig.from_pretrained(args.model), args.local_only or args.repo_id))
+    return where
+
+
+def check_visibility(repo_id: str, private: bool) -> None:
+    """ValueError if a repository that is to be private exists and is public."""
+    api = HfApi()
+    if private and api.repo_exists(repo_id) and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or give another --repo_id.")
+
+
+def describe_loading(config: ImageGPTConfig, name: str) -> str:
+    """The ways to load a published model, one on each line."""
+    head = auto_class(config)
+    plain = config.objective == "causal" and not config.sos_inputs
+    first = f'transformers alone:      AutoModel.from_pretrained("{name}")'
+    return "\n".join(
+        [
+            first if plain else "transformers alone:      refuses, as it would be wrong: one of the two below",
+            f'code in the repository:  {head}.from_pretrained("{name}", trust_remote_code=True)',
+            f'with the package:        import hf_igpt; {head}.from_pretrained("{name}")',
+        ]
+    )
