@@ -41,8 +41,8 @@ from hf_igpt.cache_imagegpt import drawing_cache
 from hf_igpt.commands.cli import run_script
 from hf_igpt.evaluation.records import Record, read_records, write_records
 from hf_igpt.features_imagegpt import features_of_tokens
-from hf_igpt.planning import training_flops
 from hf_igpt.presets import N_COLORS
+from hf_igpt.training.costs import training_flops
 from hf_igpt.training.trainer import ImageGPTTrainer
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from hf_igpt import ImageGPTConfig
+from hf_igpt.commands.plan import PlanArguments, memory_table, options, run_table, simplest_that_fits
 from hf_igpt.evaluation.records import RECORDS, RUN, markdown_table, read_records
-from hf_igpt.planning import PlanArguments, memory_table, options, run_table, simplest_that_fits
 from hf_igpt.publishing.cards import render_card
 from hf_igpt.reporting import plots
 from hf_igpt.reporting.reports import write_report

@@ -26,7 +26,7 @@ from hf_igpt import ImageGPTConfig, ImageGPTForCausalImageModeling
 # alone with one of these in the end.
 LONGEST = (
     *("test_hub.py", "test_readme.py", "test_peer.py", "test_training.py", "test_finetuning.py"),
-    *("test_several_processes.py", "test_probing.py"),
+    *("test_several_processes.py", "test_probe.py"),
 )
 
 

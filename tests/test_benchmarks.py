@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import small_config
 
+from hf_igpt.commands.plan import PlanArguments, plan
 from hf_igpt.evaluation.records import Record, read_records
-from hf_igpt.planning import PlanArguments, plan
 
 
 spec = importlib.util.spec_from_file_location("benchmarks_run", Path(__file__).parent.parent / "benchmarks" / "run.py")

@@ -13,13 +13,13 @@ from script_server import Scripts
 from hf_igpt.commands.cli import parse_arguments
 from hf_igpt.commands.clusters import ClustersArguments
 from hf_igpt.commands.convert import ConvertArguments
+from hf_igpt.commands.plan import PlanArguments
 from hf_igpt.commands.probe import ProbeArguments
 from hf_igpt.commands.publish import PublishArguments
 from hf_igpt.commands.report import ReportArguments
 from hf_igpt.commands.sample import SampleArguments
 from hf_igpt.commands.score import ScoreArguments
 from hf_igpt.data import DataArguments
-from hf_igpt.planning import PlanArguments
 from hf_igpt.training.arguments import FinetuningArguments, ModelArguments, PretrainingArguments
 
 

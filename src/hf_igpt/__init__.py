@@ -4,7 +4,7 @@
              (palette)   (B, N)                         ├─ sampling ··· generation ──▶ image
                                                         └─ features ··· probing
     everything measured ──▶ records (JSON) ──▶ plots, model cards
-    configuration, devices, throughput ──▶ planning ──▶ FLOPs, memory, hours
+    configuration, devices, throughput ──▶ costs ──▶ FLOPs, memory, hours
 
 Shape letters, everywhere: B images, H×W pixels, N = H·W tokens, K colours, D width, L blocks.
 
