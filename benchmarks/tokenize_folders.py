@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from arguments import BenchmarkArguments
-from hf_igpt import ImageGPTImageProcessorPil, clusters, data
+from hf_igpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil, clusters, data
 from hf_igpt.evaluation import Record
 from photographs import PHOTOGRAPHS, make_photographs
 from stages import LIMIT, OURS, Contender, Stage
@@ -24,7 +24,8 @@ BATCH_SIZE, N_BATCHES = 32, 200  # photographs that a process tokenizes
 
 def time_folder(args: BenchmarkArguments, palette: np.ndarray) -> list[Record]:
     """Time making a token cache from a folder with two processes, beside decoding and resizing alone."""
-    processor = data.InstalledProcessor(clusters=palette, size=args.image_size)
+    # The torchvision processor, or the PIL one when torchvision is not installed.
+    processor = ImageGPTImageProcessor(clusters=palette, size=args.image_size)
     clusters.lookup_table(palette)  # has a stage of its own
     seconds: dict[Contender, list[float]] = {Contender(OURS): [], Contender(LIMIT): []}
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(2) as pool:

@@ -23,6 +23,7 @@ import features
 import generate
 import run
 import timing
+import tokenize_folders
 import tokenize_images
 import train
 import train_with_trainer
@@ -70,6 +71,17 @@ def test_processors_and_palettes_are_compared_timed_and_recorded():
     stages = {stage_of(record) for record in records}
     assert len(stages) == 7 and "tokens of 224x224 PIL photos, 4 at once" in stages
     assert len(records) == 2 * 6 + 2 + 2  # the limit of photos, and scikit-learn's call
+    assert all(record.value > 0 for record in records)
+
+
+def test_batches_and_folders_are_timed_and_recorded():
+    """The folder is tokenized by two processes and decoded by two others, which import what they need."""
+    palette = tokenize_images.draw_palette(make_photographs(4))
+    records = list(chain.from_iterable(tokenize_images.time_batches(small(), palette)))
+    records += tokenize_folders.time_folder(small(n_files=4), palette)
+    stages = {stage_of(record) for record in records}
+    assert len(stages) == 3 and "folder of JPEGs to tokens, 2 processes" in stages
+    assert len(records) == 3 * 2 and {str(contender_of(record)) for record in records} == {"hf_igpt", "limit"}
     assert all(record.value > 0 for record in records)
 
 
