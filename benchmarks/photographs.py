@@ -1,4 +1,10 @@
-"""Photographs to tokenize, made from the two that scikit-learn brings along."""
+"""Photographs to tokenize, made from the two that scikit-learn brings along.
+
+Without torch, because processes that only decode files import this module.
+"""
+
+import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -27,3 +33,23 @@ def make_photographs(count: int, width: int = 224, height: int = 224) -> list[Im
 def load_photographs() -> list[Image.Image]:
     """Return the two photographs as they are."""
     return [Image.fromarray(image) for image in load_sample_images().images]
+
+
+def write_files(folder: Path, count: int) -> list[str]:
+    """Write JPEG files of up to 50 photographs, again and again, and return their paths."""
+    folder.mkdir()
+    encoded = []
+    for image in make_photographs(min(50, count), 500, 375):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=95)
+        encoded.append(buffer.getvalue())
+    paths = [folder / f"{index:06}.jpg" for index in range(count)]
+    for index, path in enumerate(paths):
+        path.write_bytes(encoded[index % len(encoded)])
+    return [str(path) for path in paths]
+
+
+def decode_files(paths: list[str], image_size: int) -> None:
+    """Decode and resize files: what making tokens from them cannot leave out."""
+    for path in paths:
+        Image.open(path).resize((image_size, image_size), Image.Resampling.BILINEAR)

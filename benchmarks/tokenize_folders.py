@@ -1,6 +1,5 @@
 """Two processes at work: a folder of JPEG files to a token cache, and photographs tokenized at the same time."""
 
-import io
 import multiprocessing
 import tempfile
 from multiprocessing.queues import Queue
@@ -9,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from arguments import BenchmarkArguments
 from hf_igpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil, clusters, data
 from hf_igpt.evaluation import Record
-from photographs import PHOTOGRAPHS, make_photographs
+from photographs import PHOTOGRAPHS, decode_files, make_photographs, write_files
 from stages import LIMIT, OURS, Contender, Stage
 from timing import measure_seconds
 
@@ -43,26 +41,6 @@ def time_folder(args: BenchmarkArguments, palette: np.ndarray) -> list[Record]:
         "folder of JPEGs to tokens, 2 processes", args.n_files, "500x375 JPEGs", details={"files": args.n_files}
     )
     return stage.record_times(seconds)
-
-
-def write_files(folder: Path, count: int) -> list[str]:
-    """Write JPEG files of up to 50 photographs, again and again, and return their paths."""
-    folder.mkdir()
-    encoded = []
-    for image in make_photographs(min(50, count), 500, 375):
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=95)
-        encoded.append(buffer.getvalue())
-    paths = [folder / f"{index:06}.jpg" for index in range(count)]
-    for index, path in enumerate(paths):
-        path.write_bytes(encoded[index % len(encoded)])
-    return [str(path) for path in paths]
-
-
-def decode_files(paths: list[str], image_size: int) -> None:
-    """Decode and resize files: what making tokens from them cannot leave out."""
-    for path in paths:
-        Image.open(path).resize((image_size, image_size), Image.Resampling.BILINEAR)
 
 
 def time_processes(args: BenchmarkArguments, palette: np.ndarray) -> list[Record]:
