@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 
-PEAK_TFLOPS = {"H100": 990, "H200": 990}  # dense bfloat16, from their data sheets
+PEAK_TFLOPS = {"H100": 990.0, "H200": 990.0}  # dense bfloat16, from their data sheets
 PEAK_BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second, likewise
 
 

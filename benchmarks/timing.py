@@ -7,7 +7,7 @@ import gc
 import json
 import math
 import tempfile
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ def measure_seconds(run: Callable, calls: int = 1) -> float:
     return (timer() - start) / calls
 
 
-def take_turns(contenders: dict[Name, Callable], repeats: int) -> dict[Name, list[float]]:
+def take_turns(contenders: Mapping[Name, Callable], repeats: int) -> dict[Name, list[float]]:
     """Return the seconds per call of each contender in `repeats` turns, after one call each to warm up.
 
     Contenders take turns because the speed of a shared machine drifts: what slows one down slows them all. In its turn a

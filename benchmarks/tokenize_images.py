@@ -70,8 +70,10 @@ def time_processors(args: BenchmarkArguments, images: list[Image.Image], palette
     for what, everything, limit in inputs:
         for count in dict.fromkeys((args.n_images, 1)):
             batches = [everything[start : start + count] for start in range(0, len(everything), count)]
-            tokens = (np.asarray(kind(batches[0], return_tensors="pt")["input_ids"]) for kind in (ours, theirs))
-            check_equally_near(*tokens, palette, batches[0], side)
+            found, expected = (
+                np.asarray(processor(batches[0], return_tensors="pt")["input_ids"]) for processor in (ours, theirs)
+            )
+            check_equally_near(found, expected, palette, batches[0], side)
             contenders = {
                 Contender(THEIRS): partial(theirs, return_tensors="pt"),
                 Contender(OURS): partial(ours, return_tensors="pt"),
@@ -103,8 +105,10 @@ def check_equally_near(
         [image if isinstance(image, np.ndarray) else np.asarray(resize(image, image_size)) for image in images]
     )
     pixels = clusters.to_unit_range(pixels.reshape(len(images), -1, 3))
-    distances = [np.square(pixels - palette[tokens]).sum(axis=-1) for tokens in (ours, theirs)]
-    check_same("Distances of colours", *map(torch.from_numpy, distances), 1e-6)
+    our_distances, their_distances = (
+        torch.from_numpy(np.square(pixels - palette[tokens]).sum(axis=-1)) for tokens in (ours, theirs)
+    )
+    check_same("Distances of colours", our_distances, their_distances, 1e-6)
 
 
 def time_tables(args: BenchmarkArguments, palette: np.ndarray) -> Iterator[list[Record]]:

@@ -43,13 +43,8 @@ def time_trainers(
     with torch.no_grad():
         inputs = shift_after_sos(draw_tokens(config, 2, args.device), config)
         check_same("Logits", ours(input_ids=inputs).logits, theirs(input_ids=inputs).logits, 1e-3)
-    fields = {Contender(OURS): (ImageGPTTrainer, ours, ("labels",))}
-    fields[Contender(THEIRS)] = (Trainer, theirs, ("input_ids", "labels"))
-    runs = {
-        contender: find_fastest_run(trainer, model, names, batch_size, steps, args.compile)
-        for contender, (trainer, model, names) in fields.items()
-    }
-    our_run, their_run = runs[Contender(OURS)], runs[Contender(THEIRS)]
+    our_run = find_fastest_run(ImageGPTTrainer, ours, ("labels",), batch_size, steps, args.compile)
+    their_run = find_fastest_run(Trainer, theirs, ("input_ids", "labels"), batch_size, steps, args.compile)
     stage = Stage(
         f"Trainer, {size}",
         batch_size,
@@ -66,7 +61,7 @@ def time_trainers(
         },
     )
     flops, peak = training_flops(config, batch_size), find_peak(PEAK_TFLOPS)
-    seconds = {contender: [run.seconds] for contender, run in runs.items()}
+    seconds = {Contender(OURS): [our_run.seconds], Contender(THEIRS): [their_run.seconds]}
     if peak is not None:
         seconds[Contender(LIMIT)] = [flops / (peak * 1e12)]
     images_per_second, tflops = batch_size / our_run.seconds, flops / our_run.seconds / 1e12
