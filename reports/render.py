@@ -25,7 +25,8 @@ from hf_igpt.reporting.reports import write_report
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import run as benchmarks
+
+from table import format_table
 
 
 PICTURES = ("samples.png", "completions.png", "training.png")  # that cards here show
@@ -71,7 +72,7 @@ def render_table(kind: str, words: str) -> str:
     if (kind, choice) == ("records", []):
         return markdown_table(records)
     if kind == "speed" and choice in ([], ["summary"]):
-        return benchmarks.table(records, summary=bool(choice))
+        return format_table(records, summary=bool(choice))
     raise ValueError(f"There is no table <!-- {kind}: {words} -->.")
 
 
