@@ -34,6 +34,7 @@ test-floor:
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 clean:
 	rm -rf .venv .venv-floor outputs build src/*.egg-info
