@@ -76,5 +76,5 @@ def test_unknown_preset():
 def test_other_model_types_are_refused(tmp_path):
     GPT2Config(n_layer=1).save_pretrained(tmp_path)
     for loader in (ImageGPTConfig, ImageGPTForCausalImageModeling):
-        with pytest.raises(ValueError, match="type gpt2, no Image GPT"):
+        with pytest.raises(ValueError, match="type gpt2, not an Image GPT"):
             loader.from_pretrained(tmp_path)

@@ -5,7 +5,7 @@ values, because only the processor's options know their scale. Transparency is c
 """
 
 import os
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -146,7 +146,9 @@ def _convert_pil_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _convert_array_to_rgb(image: ImageArray, layout: ChannelDimension | str | None) -> ImageArray:
-    layout = ChannelDimension(layout or infer_channel_dimension_format(image, num_channels=(1, 3, 4)))
+    if layout is None:
+        layout = infer_channel_dimension_format(image, num_channels=(1, 3, 4))  # type: ignore[arg-type]  # takes tensors too
+    layout = ChannelDimension(layout)
     if layout == ChannelDimension.LAST:
         image = image.permute(2, 0, 1) if torch.is_tensor(image) else image.transpose(2, 0, 1)
     if len(image) == 1:
@@ -157,6 +159,6 @@ def _convert_array_to_rgb(image: ImageArray, layout: ChannelDimension | str | No
     if white == 1 and (image.min() < 0 or image.max() > 1):
         raise ValueError(f"RGBA floats lie in [0, 1]; found {image.dtype} from {image.min()} to {image.max()}.")
     alpha = image[3:] / white
-    composite = alpha * image[:3] + (1 - alpha) * white
+    composite: Any = alpha * image[:3] + (1 - alpha) * white  # an array of the same library as `image`
     composite = composite.round() if is_eight_bit(image) else composite
     return composite.to(image.dtype) if torch.is_tensor(image) else composite.astype(image.dtype)

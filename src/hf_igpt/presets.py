@@ -18,7 +18,9 @@ EVALUATION_MASKS = 5  # masks drawn per image when a masked model classifies; th
 ADAM_BETAS = (0.9, 0.95)  # [V2 A.1]
 WEIGHT_DECAY = 0.0  # [V2 A.1]
 WARMUP_EPOCHS = 1.0  # "one epoch", then cosine to 0 [V2 A.1]
-WARMUP_FRACTION = 0.01  # as a fraction of training, if the length of an epoch is unknown: 1 of about 100 epochs [V2 A.1]
+WARMUP_FRACTION = (
+    0.01  # as a fraction of training, if the length of an epoch is unknown: 1 of about 100 epochs [V2 A.1]
+)
 
 # Augmentation for pretraining on ImageNet [V2 3.1]
 CROP_SHORTER_SIDE = (256, 384)  # pixels, drawn uniformly from the closed interval
@@ -30,7 +32,9 @@ INIT_POSITION_STD = 0.01  # wpe
 INIT_EMBEDDING_STD = 0.02  # wte, sos
 INIT_MLP_STD = 0.02  # c_fc and c_proj of the MLP; q, k, v use 1/sqrt(n_embd), attention's c_proj 1/sqrt(n_embd*n_layer)
 
-FINETUNING_RATE = 0.1  # as a fraction of the learning rate of pretraining: "often an order of magnitude smaller" [V2 3.4]
+FINETUNING_RATE = (
+    0.1  # as a fraction of the learning rate of pretraining: "often an order of magnitude smaller" [V2 3.4]
+)
 FINETUNING_SCHEDULE = "constant"  # no cosine; the model with the best validation accuracy is kept [V2 3.4]
 FINETUNING_EPOCHS = 20  # ours, at most; the paper states none
 FINETUNING_PATIENCE = 5  # ours: evaluations without a better accuracy, after which training stops
