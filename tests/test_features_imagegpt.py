@@ -209,8 +209,8 @@ def test_the_file_appears_whole_or_not_at_all(before, model, many, tmp_path):
 @pytest.mark.parametrize(
     ("n_images", "options", "message"),
     [
-        (0, {}, "No images: features need one at least"),
-        (2, {"mask_seed": 1}, "mask_seed is of masked models; this one is causal"),
+        (0, {}, "No images: at least one is needed"),
+        (2, {"mask_seed": 1}, "mask_seed is for masked models; this one is causal"),
         (2, {"batch_size": 0}, "batch_size is at least 1; found 0"),
         (2, {"batch_size": -1}, "batch_size is at least 1; found -1"),
         (2, {"layers": [4]}, "no layer 4"),

@@ -697,5 +697,5 @@ def test_bad_inputs(model, arguments, message):
 )
 def test_lengths_over_an_image_are_refused_before_the_first_step(model, options, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("a step was taken"))
-    with pytest.raises(ValueError, match=r"66 tokens were asked for|65 \+|tokens were asked"):
+    with pytest.raises(ValueError, match="66 tokens were requested"):
         model.generate(**options)

@@ -76,7 +76,7 @@ class RoomyLayer(DynamicLayer):
     __copy__ = without_room  # two layers cannot write into the same room
 
 
-def add_room(cache: Cache, length: int) -> None:
+def add_room(cache: Cache | None, length: int) -> None:
     """Reserve room for `length` positions in every layer of an empty `DynamicCache` that is not offloaded; skip others."""
     if type(cache) is DynamicCache and not cache.offloading:
         cache.layers = [RoomyLayer(length) for _ in cache.layers]

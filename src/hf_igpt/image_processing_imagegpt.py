@@ -391,6 +391,8 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):  # type: ignore
 # The class that AutoImageProcessor chooses; before transformers 5.2x, AutoImageProcessor itself needs torchvision.
 InstalledProcessor = ImageGPTImageProcessor if is_torchvision_available() else ImageGPTImageProcessorPil
 
+AnyImageProcessor: TypeAlias = ImageGPTImageProcessor | ImageGPTImageProcessorPil
+
 
 def _normalizes_to_palette_range(
     do_rescale: bool,
