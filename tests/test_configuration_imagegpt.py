@@ -55,7 +55,7 @@ def test_presets_are_the_papers(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n_embd": 30, "n_head": 4}, "no multiple"),
+        ({"n_embd": 30, "n_head": 4}, "not a multiple"),
         ({"vocab_size": 1}, "vocab_size"),
         ({"initialization": "xavier"}, "initialization"),
         ({"add_cross_attention": True}, "cross-attention"),

@@ -402,7 +402,7 @@ def test_fit_clusters(tmp_path, palette, capsys):
         ({"max_minutes": 0}, "max_minutes"),
         ({"model": {"num_colors": 5}}, "num_colors 5"),
         ({"model": {"image_processor_name": "no.npy"}}, "No palette at no.npy"),
-        ({"model": {"config_overrides": "n_head=5"}}, "no multiple"),
+        ({"model": {"config_overrides": "n_head=5"}}, "not a multiple"),
         ({"model": {"config_overrides": "n_positions=10"}}, "the processor the model was trained with"),
         ({"images": {"image_column_name": "x"}}, "its columns are image, label"),
         ({"resume_from_checkpoint": "nowhere"}, "no checkpoint"),

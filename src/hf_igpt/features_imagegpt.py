@@ -166,7 +166,7 @@ def feature_batches(
         with evaluation_mode(model), bar:
             for start in range(0, len(inputs), batch_size):
                 batch = inputs[start : start + batch_size]
-                batch = batch if processor is None else processor(batch)["input_ids"]
+                batch = batch if processor is None else processor(batch)["input_ids"]  # type: ignore[arg-type]  # any image
                 rows = np.asarray(batch.cpu() if torch.is_tensor(batch) else batch)
                 mask = None if rng is None else torch.from_numpy(rng.random(rows.shape) < MASK_PROBABILITY).to(device)
                 tokens = torch.from_numpy(rows).to(device)

@@ -76,7 +76,7 @@ def complete(
         raise ValueError(f"num_completions is at least 1; found {num_completions}.")
     processor.check_fits(model.config)
     if tokens is None:
-        tokens = processor(images, return_tensors="pt")["input_ids"]
+        tokens = processor(images, return_tensors="pt")["input_ids"]  # type: ignore[arg-type]  # takes paths too
     tokens = torch.as_tensor(tokens).cpu()
     tokens = tokens if tokens.is_floating_point() else tokens.long()
     if len(tokens) == 0 or tokens.ndim != 2 or tokens.shape[1] != height * width:
@@ -115,7 +115,7 @@ class _Progress(StoppingCriteria):
     def __init__(self, bar: tqdm) -> None:
         self.bar = bar
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.bar.update(len(input_ids))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
