@@ -415,7 +415,7 @@ def test_fit_clusters(tmp_path, palette, capsys):
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent"),
         ({"report_to": ["nonsense"]}, "--report_to nonsense: nonsense is not supported"),
         ({"report_to": ["flyte"]}, "--report_to flyte: .* flytekit"),  # not installed
-        ({"images": {"validation_dir": "x"}}, "goes with --train_dir"),
+        ({"images": {"validation_dir": "x"}}, "requires --train_dir"),
         ({"model": {"model_name_or_path": "x"}}, "config_overrides is for new models"),
     ],
 )

@@ -71,7 +71,7 @@ class _ColorQuantization(BaseImageProcessor):
     valid_kwargs = ImageGPTImageProcessorKwargs
     resample = PILImageResampling.BILINEAR
     do_resize = True
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    size: dict[str, int] | SizeDict = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     crop_size: SizeDict | None
     do_convert_rgb = True
     do_center_crop = False
