@@ -358,7 +358,7 @@ def test_held_out_images_of_a_stream_stay_held_out(files):
     for workers in (0, 1):
         shares = [load_images(arguments, process=i, num_processes=2, num_workers=workers)["train"] for i in range(2)]
         assert sorted(chain(*(seen(share, workers) for share in shares))) == sorted(rest)
-    with pytest.raises(ValueError, match="read by one worker"):
+    with pytest.raises(ValueError, match="only one worker can read a stream"):
         load_images(arguments, num_workers=2)
 
 
