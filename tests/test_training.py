@@ -428,13 +428,13 @@ def test_refusals_leave_nothing_behind(tmp_path, greys, options, message):
 def test_foreign_and_finished_folders_are_refused(tmp_path, greys):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds something else \(chapter.tex\)"):
+    with pytest.raises(ValueError, match=r"holds other files \(chapter.tex\)"):
         run(tmp_path / "thesis", greys)
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
     for model_of_another in ("config.json", "preprocessor_config.json"):
         (tmp_path / model_of_another / "folder").mkdir(parents=True)
         (tmp_path / model_of_another / "folder" / model_of_another).write_text("{}")
-        with pytest.raises(ValueError, match="holds something else"):
+        with pytest.raises(ValueError, match="holds other files"):
             run(tmp_path / model_of_another / "folder", greys)
     (tmp_path / "converted").mkdir()
     (tmp_path / "converted" / "model.safetensors").write_text("weights")
@@ -538,7 +538,7 @@ def test_resuming_from_elsewhere_needs_a_folder_of_its_own(tmp_path, greys):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "config.json").write_text("mine")
     elsewhere = {"max_steps": 3, "resume_from_checkpoint": str(tmp_path / "first" / "checkpoint-2")}
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="holds other files"):
         run(tmp_path / "thesis", greys, **elsewhere)
     run(tmp_path / "second", greys, **elsewhere)
     assert (tmp_path / "second" / "model.safetensors").is_file()
