@@ -258,6 +258,13 @@ class _ColorQuantization(BaseImageProcessor):
             features["input_ids"] = features["input_ids"].to(sized[0].device)
         return features
 
+    @property
+    def palette(self) -> np.ndarray:
+        """The palette (K, 3), RGB colours in [-1, 1]; a processor without one raises ValueError."""
+        if self.clusters is None:
+            raise ValueError("This image processor has no palette: pass `clusters` when creating it.")
+        return self.clusters
+
     def decode(
         self,
         input_ids: torch.Tensor | np.ndarray | Sequence[Any],
@@ -272,14 +279,13 @@ class _ColorQuantization(BaseImageProcessor):
         size: the images' size, as in `token_grid`, if it is not the processor's own.
         Tokens out of range, or more than fit the size, are a ValueError.
         """
-        if self.clusters is None:
-            raise ValueError("This image processor has no palette to decode with: pass `clusters` when creating it.")
+        palette = self.palette
         if missing not in ("transparent", "grey"):
             raise ValueError(f'`missing` is "transparent" or "grey"; found {missing!r}.')
         height, width = self.token_grid(size)
         if len(input_ids) == 0:
             return []
-        n_pixels, n_colors = height * width, len(self.clusters)
+        n_pixels, n_colors = height * width, len(palette)
         images = []
         for row in [input_ids] if np.ndim(input_ids[0]) == 0 else input_ids:
             tokens = np.asarray(row.cpu() if torch.is_tensor(row) else row)
@@ -295,7 +301,7 @@ class _ColorQuantization(BaseImageProcessor):
             known = np.zeros(n_pixels, dtype=bool)
             known[: len(tokens)] = tokens != IGNORE_INDEX
             pixels = np.full((n_pixels, 3), _MISSING_GREY, dtype=np.uint8)
-            pixels[known] = colors_of(tokens[known[: len(tokens)]], self.clusters)
+            pixels[known] = colors_of(tokens[known[: len(tokens)]], palette)
             if missing == "transparent" and not known.all():
                 alpha = np.where(known, 255, 0).astype(np.uint8)
                 pixels = np.concatenate([pixels, alpha[:, None]], axis=1)

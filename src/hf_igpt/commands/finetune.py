@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import EarlyStoppingCallback
@@ -12,6 +13,7 @@ from ..presets import FINETUNING_RATE
 from ..training import runs
 from ..training.arguments import FinetuningArguments, ModelArguments
 from ..training.runs import log_main
+from ..training.trainer import ImageGPTTrainer
 
 
 def finetune(
@@ -19,9 +21,9 @@ def finetune(
 ) -> list[evaluation.Record]:
     """Fine-tune an Image GPT to classify, by L_CLF + weight · L_GEN [V2 2.3], and write it to `args.output_dir`.
 
-    Without `model_name_or_path` it starts from random weights, the paper's baseline. The model of the best validation
-    accuracy is kept; the test split is read once, at the end. Written in addition to what `pretrain` writes:
-    `confusion.png`. Returns what was measured.
+    Without `model_name_or_path` it starts from random weights, the paper's baseline. The model with the best validation
+    accuracy is kept, and the test split is evaluated once, at the end. The folder holds what `pretrain` writes and
+    `confusion.png`. Returns the records of the results. Invalid arguments are a ValueError before training starts.
     """
     checkpoint = runs.begin(args)
     folder, source = Path(args.output_dir), model_args.model_name_or_path
@@ -48,10 +50,10 @@ def finetune(
     args.resolve(size, model.config.objective, processor.token_grid()[0], len(train), rate)
     runs.write_run(args, model_args, images, model, len(train))
     if args.should_save:
-        plots.palette_picture(processor.clusters).save(folder / "palette.png")
+        plots.palette_picture(processor.palette).save(folder / "palette.png")
 
-    stops_early = args.load_best_model_at_end and args.early_stopping_patience
-    callbacks = [EarlyStoppingCallback(args.early_stopping_patience)] if stops_early else []
+    patience = args.early_stopping_patience if args.load_best_model_at_end else None
+    callbacks = [EarlyStoppingCallback(patience)] if patience else []
     trainer = runs.build_trainer(args, model, train, validation, processor, hub.push, callbacks)
     runs.log_plan(trainer, images, f"{len(validation):,} for validation, {len(test):,} for the test")
     runs.train(trainer, checkpoint)
@@ -69,27 +71,39 @@ def finetune(
     return records
 
 
-def predict_test(trainer, images: TrainingImages, n_draws: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """For each draw of masks (one if the model is causal): the class of each test image, and its nats per pixel or None."""
-    draws = []
+def predict_test(
+    trainer: ImageGPTTrainer, images: TrainingImages, n_draws: int
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Classify the test images `n_draws` times, each with other masks (once if the model is causal).
+
+    Returns for each draw the class of each image (n,), and its nats per pixel (n,) or None.
+    """
+    draws: list[tuple[np.ndarray, np.ndarray | None]] = []
     for draw in range(n_draws):
         rows = images.rows("test", trainer.model.config.objective == "masked")
-        rows.set_epoch(draw)  # other masks
-        values = trainer.predict(rows, metric_key_prefix="test").predictions
+        rows.set_epoch(draw)  # for other masks
+        values: Any = trainer.predict(rows, metric_key_prefix="test").predictions
         draws.append(values if isinstance(values, tuple) else (values, None))
     return draws
 
 
 def finetuning_records(
-    trainer, images: TrainingImages, is_new: bool, draws, votes: np.ndarray, n_validation: int
+    trainer: ImageGPTTrainer,
+    images: TrainingImages,
+    is_new: bool,
+    draws: list[tuple[np.ndarray, np.ndarray | None]],
+    votes: np.ndarray,
+    n_validation: int,
 ) -> list[evaluation.Record]:
-    """Records of test and validation images, and the baseline that always says the commonest class."""
-    args, labels = trainer.args, np.asarray(images.tokens("test")[LABEL])
-    validation = trainer.predict(trainer.eval_dataset, metric_key_prefix="validation").metrics["validation_accuracy"]
+    """Make the records for test and validation images, and for the baseline that always predicts the most common class."""
+    args: Any = trainer.args  # of fine-tuning
+    labels = np.asarray(images.tokens("test")[LABEL])
+    predicted: Any = trainer.predict(trainer.eval_dataset, metric_key_prefix="validation")
+    validation = predicted.metrics["validation_accuracy"]
     data_name = evaluation.data_of(images.name, images.processor, f"{len(images.classes)} classes")
     masks = len(draws) if trainer.model.config.objective == "masked" else 0
 
-    def record(metric, value, split, n, masks):
+    def record(metric: str, value: float, split: str, n: int, masks: int) -> evaluation.Record:
         settings = {
             "started from": "random weights" if is_new else "pretrained",
             "split seed": images.split_seed,
@@ -104,7 +118,7 @@ def finetuning_records(
         records.append(record("accuracy", evaluation.accuracy(draws[0][0], labels), "test", len(labels), 1))
     records.append(record("accuracy", validation, "validation", n_validation, min(masks, 1)))
     if draws[0][1] is not None:
-        nats = float(np.mean([nats for _, nats in draws], dtype=np.float64))
+        nats = float(np.mean([nats for _, nats in draws if nats is not None], dtype=np.float64))
         records.append(record("nats_per_pixel", nats, "test", len(labels), masks))
     commonest = np.bincount(images.splits["train"][LABEL]).argmax()
     share, name = float(np.mean(labels == commonest)), images.classes[commonest]
@@ -112,8 +126,8 @@ def finetuning_records(
     return records
 
 
-def log_summary(args: FinetuningArguments, records: list[evaluation.Record]):
-    """Say what was measured, what was written, and what to do next."""
+def log_summary(args: FinetuningArguments, records: list[evaluation.Record]) -> None:
+    """Print the results, the files written, and the next step."""
     log_main("")
     for found in records:
         value = f"{100 * found.value:.2f} %" if found.unit == "fraction" else f"{found.value:.4f} {found.unit}"

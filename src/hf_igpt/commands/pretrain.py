@@ -1,30 +1,35 @@
 """`scripts/run_pretrain.py`: pretrain an Image GPT, causal or masked, on images without labels."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
+import datasets
 import torch
+from PIL import Image
 
 from .. import evaluation, hub, plots
-from ..data import MASK, TOKENS, DataArguments, TrainingImages, collate_tokens, token_array
+from ..data import MASK, TOKENS, DataArguments, ImageTokens, TrainingImages, collate_tokens, token_array
 from ..generation_imagegpt import fill_in, sample
+from ..image_processing_imagegpt import AnyImageProcessor
 from ..training import runs
 from ..training.arguments import ModelArguments, PretrainingArguments
 from ..training.callbacks import Milestones, SamplePictures
 from ..training.runs import log_main
 
 
-BASELINE_TOKENS = 20_000_000  # training tokens that counting models are fitted to, at most
+BASELINE_TOKENS = 20_000_000  # the most training tokens that counting models are fitted to
 
 
 def pretrain(
     model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments
 ) -> list[evaluation.Record]:
-    """Pretrain an Image GPT, causal or masked, and write it to `args.output_dir`; returns what was measured.
+    """Pretrain an Image GPT, causal or masked, and write it to `args.output_dir`; return the records of its results.
 
-    Written: the best model with its processor; checkpoints (the last, the best) and milestones likewise; `samples/` with a
-    picture for each evaluation; `palette.png`, `training.png`; and last `records.json`. An unfinished run in
-    `output_dir` is resumed. Everything that can be wrong with the arguments is a ValueError before training starts.
+    The folder holds the best model with its processor, checkpoints (the last and the best) and milestones in the same form,
+    `samples/` with a picture for each evaluation, `palette.png`, `training.png`, and `records.json`, which is written last.
+    An unfinished run in `output_dir` is resumed. Invalid arguments are a ValueError before training starts.
     """
     checkpoint = runs.begin(args)
     folder = Path(args.output_dir)
@@ -50,24 +55,25 @@ def pretrain(
     runs.write_run(args, model_args, images, model, n_images)
     reference = counting_baselines(images, masked) if args.should_log else {}
     if args.should_save:
-        plots.palette_picture(processor.clusters).save(folder / "palette.png")
+        plots.palette_picture(processor.palette).save(folder / "palette.png")
 
     trainer = runs.build_trainer(args, model, train, held_out, processor, hub.push)
     if args.num_samples and trainer.is_sharded:
-        log_main("No samples are drawn during training: the weights are shared out among processes.")
+        log_main("No samples are drawn during training, because the weights are sharded over processes.")
     elif args.num_samples:
         trainer.add_callback(SamplePictures(picture_drawer(args, processor, held_out), folder / "samples"))
     data_name = evaluation.data_of(images.name, processor)
 
     def measure(prefix: str, step: int) -> evaluation.Record:
-        # Not `evaluate`, whose result would be logged, drawn and sampled as a step's.
-        nats = trainer.predict(held_out, metric_key_prefix=prefix).metrics[f"{prefix}_nats_per_pixel"]
+        # Not `evaluate`, which would log, plot and draw samples as for a training step.
+        metrics = cast(dict[str, float], trainer.predict(held_out, metric_key_prefix=prefix).metrics)
+        nats = metrics[f"{prefix}_nats_per_pixel"]
         return runs.training_record(trainer, "nats_per_pixel", nats, data_name, "held out", len(held_out), step)
 
-    def keep_milestone():
+    def keep_milestone() -> None:
         step = trainer.state.global_step
         place = folder / "milestones" / f"step-{step:07d}"
-        with torch.random.fork_rng(devices=[]):  # training continues as if nothing had been measured
+        with torch.random.fork_rng(devices=[]):  # measuring does not change what training draws
             record = measure("milestone", step)
         trainer.save_model(str(place), _internal_call=True)
         if args.should_save:
@@ -92,31 +98,40 @@ def pretrain(
 
 
 def counting_baselines(images: TrainingImages, masked: bool) -> dict[str, float]:
-    """Held-out nats per pixel of models that only count, if all training tokens are at hand."""
+    """Measure the held-out nats per pixel of counting models; {} if the training images are not tokenised.
+
+    masked: only the models that do not see a pixel's neighbours, which are those comparable with a masked model.
+    """
     if not images.has_training_tokens:
         return {}
     processor = images.processor
     counted = [subsample_rows(images.tokens(split), BASELINE_TOKENS) for split in ("train", "validation")]
-    width, n_colors = processor.token_grid()[1], len(processor.clusters)
-    reference = evaluation.baselines(*map(token_array, counted), width, n_colors)
-    if masked:  # these know nothing, or only the place, of what is known around a hidden pixel
+    width, n_colors = processor.token_grid()[1], len(processor.palette)
+    train, held_out = map(token_array, counted)
+    reference = evaluation.baselines(train, held_out, width, n_colors)
+    if masked:
         reference = {name: value for name, value in reference.items() if not name.startswith("left")}
     return reference
 
 
-def subsample_rows(tokens, n_tokens: int):
-    """Every k-th row of a tokenised dataset, so that at most `n_tokens` tokens come from all of it."""
+def subsample_rows(tokens: datasets.Dataset, n_tokens: int) -> datasets.Dataset:
+    """Take every k-th row of a tokenised dataset, so that at most `n_tokens` tokens come from all parts of it."""
     n_pixels = tokens.features[TOKENS].length
     step = -(-len(tokens) * n_pixels // n_tokens)
     return tokens.select(range(0, len(tokens), step))
 
 
-def picture_drawer(args: PretrainingArguments, processor, held_out):
-    """A function from the model to a picture: images it draws, or held-out images whose hidden pixels it fills in."""
+def picture_drawer(
+    args: PretrainingArguments, processor: AnyImageProcessor, held_out: ImageTokens
+) -> Callable[[Any], Image.Image]:
+    """Make a function that turns a model into a picture.
 
-    def draw(model):
+    A causal model draws images; a masked model fills in the hidden pixels of held-out images.
+    """
+
+    def draw(model: Any) -> Image.Image:
         if model.config.objective == "causal":
-            images = sample(model, processor, args.num_samples, seed=args.seed, progress=False)
+            images = cast(list[Image.Image], sample(model, processor, args.num_samples, seed=args.seed, progress=False))
             return plots.square_grid(images)
         batch = collate_tokens(held_out.__getitems__(range(min(args.num_samples, len(held_out)))))
         filled = fill_in(model, batch["labels"], batch[MASK], seed=args.seed)
@@ -125,8 +140,8 @@ def picture_drawer(args: PretrainingArguments, processor, held_out):
     return draw
 
 
-def log_summary(args: PretrainingArguments, records: list[evaluation.Record], objective: str):
-    """Say what was measured, what was written, and what to do next."""
+def log_summary(args: PretrainingArguments, records: list[evaluation.Record], objective: str) -> None:
+    """Print the results, the files written, and the next command to run."""
     of = " of hidden pixels" if objective == "masked" else ""
     log_main(f"\nHeld-out nats per pixel (bits per pixel){of}, lower is better:")
     for record in sorted(records, key=lambda record: record.value):

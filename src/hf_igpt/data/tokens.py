@@ -64,10 +64,8 @@ def tokenize(
     `datasets` caches the result on disk, keyed by the images and the processor. An unreadable image is a ValueError; with
     `on_bad_image="skip"` it is left out and reported. num_proc: processes that share the work. desc: the progress bar's title.
     """
-    if processor.clusters is None:
-        raise ValueError("The image processor has no palette to tokenise with.")
     n_tokens = int(np.prod(processor.token_grid()))
-    dtype = "uint8" if len(processor.clusters) <= 256 else "uint16"
+    dtype = "uint8" if len(processor.palette) <= 256 else "uint16"
     features = {TOKENS: datasets.List(datasets.Value(dtype), length=n_tokens), "bad": datasets.Value("string")}
     if LABEL in dataset.features:
         features[LABEL] = dataset.features[LABEL]
@@ -80,7 +78,7 @@ def tokenize(
         return {TOKENS: tokens, "bad": reasons}
 
     if num_proc is not None:
-        lookup_table(processor.clusters)  # built before the processes fork, which then share it
+        lookup_table(processor.palette)  # built before the processes fork, which then share it
     dataset = dataset.map(
         to_tokens,
         batched=True,

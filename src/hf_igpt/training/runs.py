@@ -219,11 +219,9 @@ def new_config(
     model_args: ModelArguments, args: RecipeArguments, processor: AnyImageProcessor, **overrides: Any
 ) -> ImageGPTConfig:
     """Make the configuration of a new model of --size for the processor's images, with `overrides` and --config_overrides."""
-    if processor.clusters is None:
-        raise ValueError("The image processor has no palette.")
     height, width = processor.token_grid()
     overrides = {"objective": args.objective or "causal"} | overrides
-    config = ImageGPTConfig.from_preset(args.size, image_size=height, n_colors=len(processor.clusters), **overrides)
+    config = ImageGPTConfig.from_preset(args.size, image_size=height, n_colors=len(processor.palette), **overrides)
     config.n_positions = height * width
     if model_args.config_overrides:
         known = config.to_dict()

@@ -33,6 +33,7 @@ class ImageGPTTrainer(Trainer):
     model: ImageGPTPreTrainedModel
     processing_class: AnyImageProcessor
     train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
