@@ -18,7 +18,7 @@ from hf_igpt import (
 )
 from hf_igpt.feature_files import read_features, write_features
 from hf_igpt.features_imagegpt import check_layers, extract, features_of_tokens, layers_around
-from hf_igpt.modeling_imagegpt import random_mask, shift_right
+from hf_igpt.modeling_imagegpt import draw_mask, shift_right
 from hf_igpt.presets import MASK_PROBABILITY
 
 
@@ -34,7 +34,7 @@ def test_features_are_the_naive_loops(kind, tokens):
     masks = {}
     if kind == "masked":
         model = randomized(ImageGPTForMaskedImageModeling(small_config(objective="masked")))
-        masks = {"bool_masked_pos": random_mask(tokens.shape, torch.Generator().manual_seed(0))}
+        masks = {"bool_masked_pos": draw_mask(tokens.shape, torch.Generator().manual_seed(0))}
         expected = naive(model, tokens, **masks)
     else:
         model = randomized((ImageGPTModel if kind == "backbone" else ImageGPTForCausalImageModeling)(small_config()))

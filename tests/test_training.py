@@ -470,7 +470,7 @@ def test_a_run_of_an_older_version_is_not_resumed(tmp_path, greys):
     begun = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(begun | {"identity": "9f86d081884c7d65"}))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(ValueError, match="begun by an older version of hf_igpt"):
+    with pytest.raises(ValueError, match="started by an older version of hf_igpt"):
         run(tmp_path, greys, max_steps=2)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 

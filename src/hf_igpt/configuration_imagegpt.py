@@ -20,7 +20,7 @@ from .presets import IMAGE_SIZE, N_COLORS, SIZES
 
 NEEDS_HF_IGPT = (
     "This Image GPT needs the package hf_igpt (pip install hf_igpt, then `import hf_igpt`): transformers' own ImageGPT has "
-    "neither the masked objective nor classifiers that are fed SOS, and would give wrong results."
+    "neither the masked objective nor classifiers that read SOS first, and would give wrong results."
 )
 _FEATURES = "image-feature-extraction"
 
@@ -45,7 +45,7 @@ class ImageGPTConfig(PreTrainedConfig):
     objective (`"causal"` or `"masked"`, defaults to `"causal"`):
         What the weights were trained to predict: the next pixel, or masked pixels (BERT-style).
     sos_inputs (`bool`, defaults to `False`):
-        Whether a classifier on a causal model is fed [SOS, x_0 … x_{N-2}], as in OpenAI's code, or x_0 … x_{N-1}, as
+        Whether a classifier on a causal model reads [SOS, x_0 … x_{N-2}], as in OpenAI's code, or x_0 … x_{N-1}, as
         in transformers.
     generative_loss_weight (`float`, defaults to 0):
         Weight of the generative loss that fine-tuning adds to the classification loss (paper 2.3: 1). A classifier

@@ -29,7 +29,7 @@ def set_initial_std(layer: nn.Module, std: float) -> None:
     layer.init_std = std  # type: ignore[assignment]  # nn.Module declares tensors and modules only
 
 
-def initial_std(config: ImageGPTConfig, openai: float, residual: bool = False) -> float:
+def choose_initial_std(config: ImageGPTConfig, openai: float, residual: bool = False) -> float:
     """Return the standard deviation of an initial weight: `openai`, or transformers' value if `config` says so.
 
     residual: whether the layer writes into the residual stream. transformers scales both such layers of a block by

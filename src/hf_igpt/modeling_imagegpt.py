@@ -38,7 +38,7 @@ from .layers_imagegpt import (
     ImageGPTProjection,
     QuickGELU,
     at_least_float32,
-    initial_std,
+    choose_initial_std,
     set_initial_std,
 )
 from .presets import INIT_EMBEDDING_STD, INIT_MLP_STD, INIT_POSITION_STD, MASK_PROBABILITY
@@ -85,8 +85,8 @@ class ImageGPTAttention(nn.Module):
             self.scaling /= layer_idx + 1
         self.is_causal = True
         d = config.n_embd
-        self.c_attn = ImageGPTProjection(config, 3 * d, d, initial_std(config, d**-0.5))
-        std = initial_std(config, (d * config.n_layer) ** -0.5, residual=True)
+        self.c_attn = ImageGPTProjection(config, 3 * d, d, choose_initial_std(config, d**-0.5))
+        std = choose_initial_std(config, (d * config.n_layer) ** -0.5, residual=True)
         self.c_proj = ImageGPTProjection(config, d, d, std)
         self.attn_dropout = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
@@ -118,8 +118,8 @@ class ImageGPTMLP(nn.Module):
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
         n_inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-        self.c_fc = ImageGPTProjection(config, n_inner, config.n_embd, initial_std(config, INIT_MLP_STD))
-        std = initial_std(config, INIT_MLP_STD, residual=True)
+        self.c_fc = ImageGPTProjection(config, n_inner, config.n_embd, choose_initial_std(config, INIT_MLP_STD))
+        std = choose_initial_std(config, INIT_MLP_STD, residual=True)
         self.c_proj = ImageGPTProjection(config, config.n_embd, n_inner, std)
         self.act = QuickGELU() if config.activation_function == "quick_gelu" else ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
@@ -208,8 +208,8 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # row K is SOS
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        set_initial_std(self.wte, initial_std(config, INIT_EMBEDDING_STD))
-        set_initial_std(self.wpe, initial_std(config, INIT_POSITION_STD))
+        set_initial_std(self.wte, choose_initial_std(config, INIT_EMBEDDING_STD))
+        set_initial_std(self.wpe, choose_initial_std(config, INIT_POSITION_STD))
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([ImageGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
         self.ln_f = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
@@ -507,7 +507,7 @@ class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
     ) -> MaskedLMOutput:
         """Return `logits` (B, N, K) and, if labels are given, `loss` in nats per masked pixel.
 
-        bool_masked_pos: (B, N), True where a pixel is hidden and scored; `random_mask` draws one. labels: (B, N) colours
+        bool_masked_pos: (B, N), True where a pixel is hidden and scored; `draw_mask` draws one. labels: (B, N) colours
         in 0..K-1, which are also the inputs if none are given. num_items_in_batch: `Trainer`'s count of labels, N per
         image, over accumulated steps and processes; the loss is then the sum of the images' means divided by that number
         of images. A token or label out of range is a ValueError.
@@ -517,7 +517,7 @@ class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
             labels = labels.long()
             if bool_masked_pos is None:
                 raise ValueError(
-                    "`labels` are scored where pixels are masked: pass `bool_masked_pos` (see `random_mask`)."
+                    "`labels` are scored where pixels are masked: pass `bool_masked_pos` (see `draw_mask`)."
                 )
             if input_ids is None and inputs_embeds is None:
                 input_ids = labels
@@ -566,7 +566,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         self.num_labels: int = config.num_labels  # type: ignore[assignment]  # never None once the config is made
         self.transformer = ImageGPTModel(config)
         self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
-        set_initial_std(self.score, initial_std(config, 0.0))  # zero logits [V2 3.3]
+        set_initial_std(self.score, choose_initial_std(config, 0.0))  # zero logits [V2 3.3]
         self.lm_head = _color_head(config) if config.generative_loss_weight else None
         self.post_init()
 
@@ -670,7 +670,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             )
 
 
-def random_mask(
+def draw_mask(
     shape: tuple[int, ...], generator: torch.Generator | None = None, probability: float = MASK_PROBABILITY
 ) -> torch.Tensor:
     """Draw a boolean mask of `shape` (B, N); each pixel is True with `probability`, independently [V2 2.1, code bert]."""
@@ -679,7 +679,7 @@ def random_mask(
 
 def _color_head(config: ImageGPTConfig) -> nn.Linear:
     head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False)
-    set_initial_std(head, initial_std(config, 0.0))  # zero logits [V2 3.3]
+    set_initial_std(head, choose_initial_std(config, 0.0))  # zero logits [V2 3.3]
     return head
 
 

@@ -41,7 +41,7 @@ def finetune(
     processor = images.processor
     model = runs.build_classifier(model_args, args, processor, config, images.classes)
     if checkpoint:
-        runs.check_same_run(checkpoint, model.config, runs.identity_of(model_args, images, args))
+        runs.check_same_run(checkpoint, model.config, runs.collect_identity(model_args, images, args))
     size = evaluation.size_of(model.config) or args.size
     images.check_enough(args.images_per_step(size))
     masked = model.config.objective == "masked"
@@ -61,7 +61,7 @@ def finetune(
     draws = predict_test(trainer, images, args.num_masks if masked else 1)
     labels = np.asarray(test[LABEL])
     votes = evaluation.majority_vote(np.stack([classes for classes, _ in draws]), args.seed)
-    records = finetuning_records(trainer, images, config is None, draws, votes, len(validation))
+    records = make_finetuning_records(trainer, images, config is None, draws, votes, len(validation))
     if args.should_save:
         plots.confusion_matrix(labels, votes, images.classes).save(folder / "confusion.png")
         plots.accuracy_curve(trainer.state.log_history).save(folder / "training.png")
@@ -87,7 +87,7 @@ def predict_test(
     return draws
 
 
-def finetuning_records(
+def make_finetuning_records(
     trainer: ImageGPTTrainer,
     images: TrainingImages,
     is_new: bool,

@@ -46,14 +46,14 @@ def pretrain(
     processor = images.processor
     model = runs.build_model(model_args, args, processor)
     if checkpoint:
-        runs.check_same_run(checkpoint, model.config, runs.identity_of(model_args, images, args))
+        runs.check_same_run(checkpoint, model.config, runs.collect_identity(model_args, images, args))
     masked = model.config.objective == "masked"
     held_out = images.rows("validation", masked)
     train = images.training_rows(masked)
     n_images = None if images.is_stream else len(train)
     args.resolve(args.size, model.config.objective, processor.token_grid()[0], n_images)
     runs.write_run(args, model_args, images, model, n_images)
-    reference = counting_baselines(images, masked) if args.should_log else {}
+    reference = measure_counting_baselines(images, masked) if args.should_log else {}
     if args.should_save:
         plots.palette_picture(processor.palette).save(folder / "palette.png")
 
@@ -61,7 +61,7 @@ def pretrain(
     if args.num_samples and trainer.is_sharded:
         log_main("No samples are drawn during training, because the weights are sharded over processes.")
     elif args.num_samples:
-        trainer.add_callback(SamplePictures(picture_drawer(args, processor, held_out), folder / "samples"))
+        trainer.add_callback(SamplePictures(make_picture_drawer(args, processor, held_out), folder / "samples"))
     data_name = evaluation.data_of(images.name, processor)
 
     def measure(prefix: str, step: int) -> evaluation.Record:
@@ -97,7 +97,7 @@ def pretrain(
     return records
 
 
-def counting_baselines(images: TrainingImages, masked: bool) -> dict[str, float]:
+def measure_counting_baselines(images: TrainingImages, masked: bool) -> dict[str, float]:
     """Measure the held-out nats per pixel of counting models; {} if the training images are not tokenised.
 
     masked: only the models that do not see a pixel's neighbours, which are those comparable with a masked model.
@@ -121,7 +121,7 @@ def subsample_rows(tokens: datasets.Dataset, n_tokens: int) -> datasets.Dataset:
     return tokens.select(range(0, len(tokens), step))
 
 
-def picture_drawer(
+def make_picture_drawer(
     args: PretrainingArguments, processor: AnyImageProcessor, held_out: ImageTokens
 ) -> Callable[[Any], Image.Image]:
     """Make a function that turns a model into a picture.

@@ -17,7 +17,7 @@ from ..presets import CROP_SHORTER_SIDE, CROP_SIZE
 HELD_PIXELS = 1_000_000  # pixels of decoded photos held in memory at a time
 
 
-def image_files(folder: Path) -> list[Path]:
+def find_image_files(folder: Path) -> list[Path]:
     """Return the files in a folder and its subfolders whose names are those of images, sorted."""
     known = Image.registered_extensions()
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
@@ -25,7 +25,7 @@ def image_files(folder: Path) -> list[Path]:
 
 def named_images(names: list[str]) -> list[Path]:
     """Return the image files among `names`, files and folders, in their order. Folders without any are a ValueError."""
-    files = [file for path in map(Path, names) for file in (image_files(path) if path.is_dir() else [path])]
+    files = [file for path in map(Path, names) for file in (find_image_files(path) if path.is_dir() else [path])]
     if names and not files:
         raise ValueError(f"There are no image files in {', '.join(names)}.")
     return files

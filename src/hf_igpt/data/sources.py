@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..presets import DIGITS_HELD_OUT_FRACTION, HELD_OUT_FRACTION, LABELLED_HELD_OUT_FRACTION
-from .images import image_files
+from .images import find_image_files
 
 
 IMAGE = "image"  # our name for the image column, and below for the label column, whatever the source calls them
@@ -304,7 +304,7 @@ def _load_files(place: str, options: dict[str, Any]) -> Splits:
     if path.is_dir() and any(path.rglob("*.parquet")):
         splits = datasets.load_dataset("parquet", data_dir=place, **options)
     elif path.is_dir():
-        if not image_files(path):
+        if not find_image_files(path):
             raise ValueError("the folder holds no image files.")
         named = {entry.name for entry in path.iterdir() if entry.is_dir()}
         if "train" in named and named <= {"train", "test", *_VALIDATION}:  # splits, whose folders are the classes

@@ -113,7 +113,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
     return identity
 
 
-def identity_of(model_args: ModelArguments, images: TrainingImages, args: RecipeArguments) -> dict[str, Any]:
+def collect_identity(model_args: ModelArguments, images: TrainingImages, args: RecipeArguments) -> dict[str, Any]:
     """Return the arguments that must not change when a run resumes: images, splits, palette, initial weights, seed."""
     values = model_args.identity() | images.identity() | {"seed": args.seed}
     return json.loads(json.dumps(values, default=str, sort_keys=True))  # in the form in which it is read from a file
@@ -147,7 +147,7 @@ def write_run(
         return
     resolved = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
     run = {
-        "identity": identity_of(model_args, images, args),
+        "identity": collect_identity(model_args, images, args),
         "train_val_split": images.identity()["train_val_split"],
         "recipe": describe_recipe(args, model_args, images, model, n_images),
         "arguments": {name: value for name, value in resolved.items() if not name.endswith("_token")},

@@ -50,7 +50,7 @@ class ImageGPTTrainer(Trainer):
         self.classifies = isinstance(model, ImageGPTForImageClassification)
         defaults = {
             "data_collator": collate_classified if self.classifies else collate_tokens,
-            "compute_metrics": classification_metrics if self.classifies else held_out_metrics,
+            "compute_metrics": compute_classification_metrics if self.classifies else compute_held_out_metrics,
         }
         super().__init__(model, callbacks=[*callbacks, *([clock] if clock else [])], **(defaults | kwargs))
         self._parts: dict[str, torch.Tensor] = {}  # the terms of the loss, summed over the steps since `_parts_since`
@@ -221,12 +221,12 @@ class ImageGPTTrainer(Trainer):
         return self.lr_scheduler
 
 
-def held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def compute_held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Return the mean over images, gathered over all processes, which is exact even if the last batches are ragged."""
     return {"nats_per_pixel": float(np.mean(prediction.predictions, dtype=np.float64))}
 
 
-def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def compute_classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Return the accuracy in 0..1, and the mean nats per pixel if the loss is joint."""
     values: Any = prediction.predictions
     classes, nats = values if isinstance(values, tuple) else (values, None)
