@@ -20,7 +20,7 @@ from .presets import IMAGE_SIZE, N_COLORS, SIZES
 
 NEEDS_HF_IGPT = (
     "This Image GPT needs the package hf_igpt (pip install hf_igpt, then `import hf_igpt`): transformers' own ImageGPT has "
-    "neither the masked objective nor classifiers that read SOS first, and would give wrong results."
+    "neither the masked objective nor classifiers that are fed SOS, and would give wrong results."
 )
 _FEATURES = "image-feature-extraction"
 
