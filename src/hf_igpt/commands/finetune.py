@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import EarlyStoppingCallback
@@ -96,7 +96,7 @@ def make_finetuning_records(
     n_validation: int,
 ) -> list[evaluation.Record]:
     """Make the records for test and validation images, and for the baseline that always predicts the most common class."""
-    args: Any = trainer.args  # of fine-tuning
+    args = cast(FinetuningArguments, trainer.args)
     labels = np.asarray(images.tokens("test")[LABEL])
     predicted: Any = trainer.predict(trainer.eval_dataset, metric_key_prefix="validation")
     validation = predicted.metrics["validation_accuracy"]
