@@ -8,7 +8,7 @@ Shape letters: B images, N pixels, which are the tokens of an image, T tokens of
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -43,6 +43,8 @@ from .layers_imagegpt import (
 )
 from .presets import INIT_EMBEDDING_STD, INIT_MLP_STD, INIT_POSITION_STD, MASK_PROBABILITY
 
+
+AnyImageGPT = TypeVar("AnyImageGPT", bound="ImageGPTPreTrainedModel")
 
 logger = logging.get_logger(__name__)
 
@@ -172,7 +174,7 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$", r"^lm_head\.", r"^score\."]
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls: type[AnyImageGPT], *args: Any, **kwargs: Any) -> AnyImageGPT:
         """Load a model as transformers does. Trained biases that `use_bias=False` would drop are a ValueError."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info

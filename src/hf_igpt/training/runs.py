@@ -289,7 +289,7 @@ def build_classifier(
         model = ImageGPTForImageClassification._from_config(config, **model_args.attention())
     else:
         has_head = is_classifier(config)
-        model, found = ImageGPTForImageClassification.from_pretrained(
+        loaded: Any = ImageGPTForImageClassification.from_pretrained(
             model_args.model_name_or_path,
             config=config,
             ignore_mismatched_sizes=True,  # a converted checkpoint may hold a head for other classes
@@ -297,6 +297,7 @@ def build_classifier(
             **model_args.hub_source(),
             **model_args.attention(),
         )
+        model, found = loaded
         missing = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         missing -= {"score.weight", "lm_head.weight"}
         if missing:
