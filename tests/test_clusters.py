@@ -166,7 +166,7 @@ def test_fit_of_as_many_colors_as_there_are_is_lossless():
 
 def test_fewer_colors_in_the_data_than_asked():
     pixels = np.repeat(np.arange(5, dtype=np.uint8)[:, None], 3, axis=1)
-    with pytest.raises(ValueError, match="5 distinct colours, fewer than the 6 asked for"):
+    with pytest.raises(ValueError, match="5 distinct colours, fewer than the 6 requested"):
         fit_palette(pixels, 6)
 
 

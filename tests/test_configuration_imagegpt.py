@@ -55,7 +55,7 @@ def test_presets_are_the_papers(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n_embd": 30, "n_head": 4}, "no multiple"),
+        ({"n_embd": 30, "n_head": 4}, "not a multiple"),
         ({"vocab_size": 1}, "vocab_size"),
         ({"initialization": "xavier"}, "initialization"),
         ({"add_cross_attention": True}, "cross-attention"),
@@ -76,5 +76,5 @@ def test_unknown_preset():
 def test_other_model_types_are_refused(tmp_path):
     GPT2Config(n_layer=1).save_pretrained(tmp_path)
     for loader in (ImageGPTConfig, ImageGPTForCausalImageModeling):
-        with pytest.raises(ValueError, match="type gpt2, no Image GPT"):
+        with pytest.raises(ValueError, match="type gpt2, not an Image GPT"):
             loader.from_pretrained(tmp_path)

@@ -19,12 +19,12 @@ from hf_igpt.data import (
     collate_classified,
     collate_tokens,
     digits,
-    endless,
+    drop_unreadable,
     load_images,
     load_labelled_images,
     random_crop,
     read_image,
-    readable,
+    repeat_stream,
     sample_pixels,
     stream_tokens,
     token_array,
@@ -201,7 +201,7 @@ def test_photos_are_held_in_portions(folder, processor, monkeypatch, held):
     assert np.array_equal(token_array(tokenize(images, processor, "skip")), expected)
     assert sum(sizes) == len(expected) and (max(sizes) > 3 if held > 250 else max(sizes) == -(-held // 120))
     assert np.array_equal(sample_pixels(images, 500, 8, on_bad_image="skip"), pixels)
-    assert len(readable(images)) == len(expected)
+    assert len(drop_unreadable(images)) == len(expected)
 
 
 @pytest.mark.parametrize("kind", ["folder", "paths"])
@@ -215,7 +215,7 @@ def test_changed_images_are_tokenised_anew(folder, processor, tmp_path, kind):
     before = token_array(tokenize(load_images(arguments)["train"], processor))
     for file in files:
         picture(99, size=(13, 10)).save(file)
-    assert len(readable(load_images(arguments)["train"])) == len(before)
+    assert len(drop_unreadable(load_images(arguments)["train"])) == len(before)
     after = token_array(tokenize(load_images(arguments)["train"], processor))
     assert not np.array_equal(before, after) and (after == after[0]).all()
 
@@ -358,14 +358,14 @@ def test_held_out_images_of_a_stream_stay_held_out(files):
     for workers in (0, 1):
         shares = [load_images(arguments, process=i, num_processes=2, num_workers=workers)["train"] for i in range(2)]
         assert sorted(chain(*(seen(share, workers) for share in shares))) == sorted(rest)
-    with pytest.raises(ValueError, match="read by one worker"):
+    with pytest.raises(ValueError, match="only one worker can read a stream"):
         load_images(arguments, num_workers=2)
 
 
 def test_passes_of_a_stream_have_different_orders(parquet, monkeypatch):
     monkeypatch.setattr(data.tokens, "SHUFFLE_BUFFER", 20)
     arguments = DataArguments(train_dir=str(parquet), streaming=True, max_eval_samples=20)
-    rows = [row["image"]["bytes"] for row in endless(load_images(arguments)["train"], seed=3).take(60)]
+    rows = [row["image"]["bytes"] for row in repeat_stream(load_images(arguments)["train"], seed=3).take(60)]
     assert len(set(rows)) == 10
     assert len({tuple(rows[i : i + 10]) for i in range(0, 60, 10)}) == 6
 
@@ -467,7 +467,7 @@ def test_labels_of_any_kind_become_classes(tmp_path):
     ("train", "test", "message"),
     [
         (None, None, "have no labels: name their column by --label_column_name"),
-        ([1] * 20, None, "1 class; classification needs 2"),
+        ([1] * 20, None, "1 class; classification requires at least 2"),
         ([0, 1, None, 1], None, r"Image \d of the (train|test) split has no label"),
         ([0, 1] * 5, [0, 2], "test split has a class '2'"),
         ([0.5, 0.7] * 5, None, "classes are integers or strings"),
@@ -506,7 +506,7 @@ def test_bad_images_left_out_are_counted_and_named(spoilt, processor, capsys):
     said = capsys.readouterr()
     said = said.out + said.err
     assert "Left out 2 of 41" in said and "broken.png" in said and "empty.jpg" in said
-    assert len(readable(images)) == 39
+    assert len(drop_unreadable(images)) == 39
     assert sample_pixels(images, 10**6, 8, on_bad_image="skip").shape == (39 * 64, 3)
 
 

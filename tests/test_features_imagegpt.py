@@ -18,7 +18,7 @@ from hf_igpt import (
 )
 from hf_igpt.evaluation.feature_files import read_features, write_features
 from hf_igpt.features_imagegpt import check_layers, extract, features_of_tokens, layers_around
-from hf_igpt.modeling_imagegpt import random_mask, shift_right
+from hf_igpt.modeling_imagegpt import draw_mask, shift_right
 from hf_igpt.presets import MASK_PROBABILITY
 
 
@@ -34,7 +34,7 @@ def test_features_are_the_naive_loops(kind, tokens):
     masks = {}
     if kind == "masked":
         model = randomized(ImageGPTForMaskedImageModeling(small_config(objective="masked")))
-        masks = {"bool_masked_pos": random_mask(tokens.shape, torch.Generator().manual_seed(0))}
+        masks = {"bool_masked_pos": draw_mask(tokens.shape, torch.Generator().manual_seed(0))}
         expected = naive(model, tokens, **masks)
     else:
         model = randomized((ImageGPTModel if kind == "backbone" else ImageGPTForCausalImageModeling)(small_config()))
@@ -209,8 +209,8 @@ def test_the_file_appears_whole_or_not_at_all(before, model, many, tmp_path):
 @pytest.mark.parametrize(
     ("n_images", "options", "message"),
     [
-        (0, {}, "No images: features need one at least"),
-        (2, {"mask_seed": 1}, "mask_seed is of masked models; this one is causal"),
+        (0, {}, "No images: at least one is needed"),
+        (2, {"mask_seed": 1}, "mask_seed is for masked models; this one is causal"),
         (2, {"batch_size": 0}, "batch_size is at least 1; found 0"),
         (2, {"batch_size": -1}, "batch_size is at least 1; found -1"),
         (2, {"layers": [4]}, "no layer 4"),

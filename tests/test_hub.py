@@ -407,7 +407,7 @@ BREAKAGES = {
         "preprocessor_config.json: .* 16 colours; the image processor makes 8x8 of 3",
     ),
     "no palette": (lambda f: ImageGPTImageProcessorPil(size=8).save_pretrained(f), "of no colours"),
-    "other type": (other_model_type, "type gpt2, no Image GPT"),
+    "other type": (other_model_type, "type gpt2, not an Image GPT"),
     "not finite": (
         lambda f: break_weights(f, lambda w: w["lm_head.weight"].fill_(torch.nan)),
         "lm_head.weight is not finite",

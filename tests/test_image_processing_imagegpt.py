@@ -178,7 +178,7 @@ def test_decode_inverts_the_processor(palette):
 def test_decode_knows_the_grid_that_the_options_make(palette):
     cropped = Processor(clusters=palette, size=16, do_center_crop=True, crop_size=8)
     assert cropped.decode(cropped(PHOTO)["input_ids"])[0].size == (8, 8)
-    with pytest.raises(ValueError, match="fix no height and width"):
+    with pytest.raises(ValueError, match="do not fix the height and width"):
         Processor(clusters=palette, do_resize=False).decode(torch.zeros(1, 64, dtype=torch.long))
 
 

@@ -28,7 +28,7 @@ from hf_igpt import (
     ImageGPTForMaskedImageModeling,
     ImageGPTModel,
 )
-from hf_igpt.modeling_imagegpt import random_mask
+from hf_igpt.modeling_imagegpt import draw_mask
 
 
 SOS = 16
@@ -441,7 +441,7 @@ def test_joint_loss(kind, tokens):
         ImageGPTForImageClassification(small_config(num_labels=5, generative_loss_weight=0.5, **options))
     )
     labels = torch.arange(4)
-    mask = random_mask(tokens.shape, torch.Generator().manual_seed(0))
+    mask = draw_mask(tokens.shape, torch.Generator().manual_seed(0))
     masks = {"bool_masked_pos": mask} if kind == "masked" else {}
     output = classifier(tokens, labels=labels, **masks)
     state = {name: w for name, w in classifier.state_dict().items() if not name.startswith("score.")}
@@ -483,7 +483,7 @@ def masked_model():
 
 
 def test_masked_pixels_are_unseen_and_alone_scored(masked_model, tokens):
-    mask = random_mask(tokens.shape, torch.Generator().manual_seed(0))
+    mask = draw_mask(tokens.shape, torch.Generator().manual_seed(0))
     assert mask.any(dim=1).all() and not mask.all()
     output = masked_model(labels=tokens, bool_masked_pos=mask)
     other = torch.where(mask, (tokens + 1) % 16, tokens)
@@ -494,7 +494,7 @@ def test_masked_pixels_are_unseen_and_alone_scored(masked_model, tokens):
 
 
 def test_masked_loss_under_accumulation_and_without_masked_pixels(masked_model, tokens):
-    mask = random_mask(tokens.shape, torch.Generator().manual_seed(0))
+    mask = draw_mask(tokens.shape, torch.Generator().manual_seed(0))
     mask[1] = False
     whole = masked_model(labels=tokens, bool_masked_pos=mask).loss
     assert whole.isfinite()
@@ -504,8 +504,8 @@ def test_masked_loss_under_accumulation_and_without_masked_pixels(masked_model, 
 
 
 def test_random_mask_is_seeded_and_of_the_papers_rate():
-    mask = random_mask((100, 1024), torch.Generator().manual_seed(1))
-    assert torch.equal(mask, random_mask((100, 1024), torch.Generator().manual_seed(1)))
+    mask = draw_mask((100, 1024), torch.Generator().manual_seed(1))
+    assert torch.equal(mask, draw_mask((100, 1024), torch.Generator().manual_seed(1)))
     assert mask.float().mean().item() == pytest.approx(0.15, abs=0.004)  # 3.6 standard deviations
 
 
@@ -588,7 +588,7 @@ def test_a_compiled_model_generates(model):
 
 def models_of_all_kinds():
     """Name, model and inputs: all heads, with and without trained biases and the joint loss."""
-    mask = random_mask((4, 64), torch.Generator().manual_seed(0))
+    mask = draw_mask((4, 64), torch.Generator().manual_seed(0))
     labels = torch.arange(4)
     joint = {"num_labels": 5, "generative_loss_weight": 0.5}
     return {
@@ -697,5 +697,5 @@ def test_bad_inputs(model, arguments, message):
 )
 def test_lengths_over_an_image_are_refused_before_the_first_step(model, options, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("a step was taken"))
-    with pytest.raises(ValueError, match=r"66 tokens were asked for|65 \+|tokens were asked"):
+    with pytest.raises(ValueError, match="66 tokens were requested"):
         model.generate(**options)

@@ -137,5 +137,5 @@ def test_pipeline_of_other_models_is_unchanged(tmp_path):
     )
     assert np.shape(extract(Image.new("RGB", (20, 20)))) == (1, 2, 8)
     assert np.shape(extract(Image.new("RGB", (20, 20)), pool=True)) == (1, 8)
-    with pytest.raises(ValueError, match="option of Image GPTs"):
+    with pytest.raises(ValueError, match="option for Image GPTs"):
         extract(Image.new("RGB", (20, 20)), layer=1)

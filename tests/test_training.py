@@ -403,20 +403,20 @@ def test_fit_clusters(tmp_path, palette, capsys):
         ({"max_minutes": 0}, "max_minutes"),
         ({"model": {"num_colors": 5}}, "num_colors 5"),
         ({"model": {"image_processor_name": "no.npy"}}, "No palette at no.npy"),
-        ({"model": {"config_overrides": "n_head=5"}}, "no multiple"),
+        ({"model": {"config_overrides": "n_head=5"}}, "not a multiple"),
         ({"model": {"config_overrides": "n_positions=10"}}, "the processor the model was trained with"),
         ({"images": {"image_column_name": "x"}}, "its columns are image, label"),
         ({"resume_from_checkpoint": "nowhere"}, "no checkpoint"),
         ({"size": "huge"}, "tiny, xs, s, m, l, xl"),
         ({"max_minutes": 1, "lr_scheduler_type": "linear"}, "cosine"),
-        ({"milestones": "0.5,2"}, "over 0 and up to 1"),
-        ({"milestones": "half"}, "fractions of training between commas"),
+        ({"milestones": "0.5,2"}, "above 0 and up to 1"),
+        ({"milestones": "half"}, "fractions of training, separated by commas"),
         ({"objective": "bert"}, 'objective is "causal" or "masked"'),
         ({"prediction_loss_only": True}, "prediction_loss_only"),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "persistent"),
         ({"report_to": ["nonsense"]}, "--report_to nonsense: nonsense is not supported"),
         ({"report_to": ["flyte"]}, "--report_to flyte: .* flytekit"),  # not installed
-        ({"images": {"validation_dir": "x"}}, "goes with --train_dir"),
+        ({"images": {"validation_dir": "x"}}, "requires --train_dir"),
         ({"model": {"model_name_or_path": "x"}}, "config_overrides is for new models"),
     ],
 )
@@ -429,13 +429,13 @@ def test_refusals_leave_nothing_behind(tmp_path, greys, options, message):
 def test_foreign_and_finished_folders_are_refused(tmp_path, greys):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds something else \(chapter.tex\)"):
+    with pytest.raises(ValueError, match=r"holds other files \(chapter.tex\)"):
         run(tmp_path / "thesis", greys)
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
     for model_of_another in ("config.json", "preprocessor_config.json"):
         (tmp_path / model_of_another / "folder").mkdir(parents=True)
         (tmp_path / model_of_another / "folder" / model_of_another).write_text("{}")
-        with pytest.raises(ValueError, match="holds something else"):
+        with pytest.raises(ValueError, match="holds other files"):
             run(tmp_path / model_of_another / "folder", greys)
     (tmp_path / "converted").mkdir()
     (tmp_path / "converted" / "model.safetensors").write_text("weights")
@@ -471,7 +471,7 @@ def test_a_run_of_an_older_version_is_not_resumed(tmp_path, greys):
     begun = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(begun | {"identity": "9f86d081884c7d65"}))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(ValueError, match="begun by an older version of hf_igpt"):
+    with pytest.raises(ValueError, match="started by an older version of hf_igpt"):
         run(tmp_path, greys, max_steps=2)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -539,7 +539,7 @@ def test_resuming_from_elsewhere_needs_a_folder_of_its_own(tmp_path, greys):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "config.json").write_text("mine")
     elsewhere = {"max_steps": 3, "resume_from_checkpoint": str(tmp_path / "first" / "checkpoint-2")}
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="holds other files"):
         run(tmp_path / "thesis", greys, **elsewhere)
     run(tmp_path / "second", greys, **elsewhere)
     assert (tmp_path / "second" / "model.safetensors").is_file()

@@ -1,7 +1,9 @@
-"""Keys and values while images are drawn: `RoomyLayer`, and which cache to ask `generate` for.
+"""The cache of keys and values for drawing: `RoomyLayer`, and which cache to request from `generate`.
 
-Nothing here changes a token. Training and features use no cache.
+Nothing here changes a token. Training and feature extraction use no cache.
 """
+
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -9,48 +11,54 @@ from transformers.modeling_utils import PreTrainedModel
 
 
 def drawing_cache(model: PreTrainedModel) -> str | None:
-    """The `cache_implementation` with which `model` draws whole images fastest; None leaves the choice to `generate`.
+    """Return the `cache_implementation` with which `model` draws whole images fastest; None leaves the choice to `generate`.
 
-    On a GPU it is a static cache, with which transformers compiles each step to CUDA graphs; the first call of a batch size
-    takes longer. FlexAttention does not work with one.
+    On a GPU it is a static cache, with which transformers compiles each step to CUDA graphs; the first call with a given
+    batch size takes longer. FlexAttention does not work with a static cache.
     """
     compiles = model.device.type == "cuda" and model.config._attn_implementation != "flex_attention"
     return "static" if compiles else None
 
 
 class RoomyLayer(DynamicLayer):
-    """A `DynamicLayer` with room for `length` positions: new keys and values are written behind the old ones.
+    """A `DynamicLayer` that reserves memory for `length` positions and appends new keys and values in place.
 
     transformers' layer copies everything it holds for every token. Here `keys` and `values` are views of the filled part, so
-    attention reads no more than that. For generation only: what is written in place has no gradient. A compiled model
-    copies, because compilers refuse views of a tensor that is written into.
+    attention reads no more than that. This is for generation only, because writing in place has no gradient. A compiled
+    model copies instead, because compilers refuse views of a tensor that is modified.
     """
 
-    def __init__(self, length: int):
+    keys: torch.Tensor  # (B, heads, positions so far, D/heads); set by `lazy_initialization`
+    values: torch.Tensor
+
+    def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length
-        self._room = None  # keys and values (B, heads, length, D/heads)
-        self._filled = None, None  # the views of them that were last handed out
+        self._room: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values (B, heads, length, D/heads)
+        self._filled: tuple[torch.Tensor | None, torch.Tensor | None] = (
+            None,
+            None,
+        )  # the views that were last returned
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values (B, heads, T, D/heads); return all so far."""
         if torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
         seen = self.get_seq_length()
         total = seen + key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        ours = self._room is not None and self.keys is self._filled[0] and self.values is self._filled[1]
-        if not ours or total > self._room[0].shape[-2]:
-            # The first time; after beams were reordered or tokens taken back; beyond the room.
+        is_ours = self.keys is self._filled[0] and self.values is self._filled[1]
+        if self._room is None or not is_ours or total > self._room[0].shape[-2]:
+            # The first call, a call after beams were reordered or tokens removed, or one that exceeds the room.
             length = max(total, self.length)
-            self._room = tuple(
-                new.new_empty((*new.shape[:2], length, new.shape[3])) for new in (key_states, value_states)
-            )
+            keys, values = (new.new_empty((*new.shape[:2], length, new.shape[3])) for new in (key_states, value_states))
             if seen:
-                self._room[0][:, :, :seen] = self.keys
-                self._room[1][:, :, :seen] = self.values
+                keys[:, :, :seen] = self.keys
+                values[:, :, :seen] = self.values
+            self._room = keys, values
         keys, values = self._room
         keys[:, :, seen:total] = key_states
         values[:, :, seen:total] = value_states
@@ -58,7 +66,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def without_room(self) -> DynamicLayer:
-        """A `DynamicLayer` with the same keys and values, which nothing will write into, without the room behind them."""
+        """Return a `DynamicLayer` with the same keys and values, and no room for more."""
         layer = DynamicLayer()
         if self.is_initialized:
             layer.lazy_initialization(self.keys, self.values)
@@ -68,13 +76,13 @@ class RoomyLayer(DynamicLayer):
     __copy__ = without_room  # two layers cannot write into the same room
 
 
-def add_room(cache: Cache, length: int) -> None:
-    """Give every layer of `cache`, if it is an empty `DynamicCache` that stays on its device, room for `length` positions."""
+def add_room(cache: Cache | None, length: int) -> None:
+    """Reserve room for `length` positions in every layer of an empty `DynamicCache` that is not offloaded; skip others."""
     if type(cache) is DynamicCache and not cache.offloading:
         cache.layers = [RoomyLayer(length) for _ in cache.layers]
 
 
 def remove_room(cache: Cache | None) -> None:
-    """Make the layers of `cache` that have room plain ones, so that the cache can be continued from in any way."""
+    """Replace the layers of `cache` that have room by plain ones, from which any use of the cache can continue."""
     if isinstance(cache, DynamicCache):
         cache.layers = [layer.without_room() if isinstance(layer, RoomyLayer) else layer for layer in cache.layers]

@@ -1,4 +1,4 @@
-"""The colour palette: fit it, find the nearest colour of a pixel, turn tokens back into colours, read it from a file.
+"""The colour palette: fit it, find the colour nearest to a pixel, turn tokens back into colours, read it from a file.
 
 A palette is a float64 array (K, 3) of RGB colours in [-1, 1], the scale of OpenAI's `kmeans_centers.npy`: a grey level
 v in 0..255 becomes v / 127.5 - 1. Tokens are row indices into the palette, 0..K-1. This is the only module that
@@ -6,31 +6,32 @@ computes a distance between colours.
 """
 
 import json
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-MAX_COLORS = 65535  # tokens and SOS, the palette's length, are stored as uint16
+MAX_COLORS = 65535  # tokens and SOS, which is K, are stored as uint16
 _CHUNK = 8192  # pixels per block of distances to all colours: 8192 x 512 x 8 bytes = 32 MiB
 _LOOKUP = 32768  # pixels per block of look-ups, small enough for their codes to stay in the CPU's cache
-# Cells of the colour cube, from coarse to fine: side in grey levels, and up to how many candidates are compared at every
-# colour of the cell. Any values give the same table; these build it fast.
+# Cells of the colour cube, from coarse to fine: the side in grey levels, and the largest number of candidates that are
+# compared at every colour of a cell. Any values give the same table; these build it fast.
 _CELLS = ((32, 1), (8, 6), (4, MAX_COLORS))
 _WORK = 32768  # distances per block while the table is built
-_ROUNDING = (
-    1e-12  # a bound, with room, on the rounding of a squared distance of colours in [-1, 1]: 12 x 2^-52, a few times
-)
+# A generous bound on the rounding error of a squared distance between colours in [-1, 1]: a few times 12 x 2^-52.
+_ROUNDING = 1e-12
 _PORTION = 20  # Lloyd iterations per update of the progress bar
 _MAX_ITERATIONS = 1000
 
 
-def check_palette(clusters) -> np.ndarray:
+def check_palette(clusters: ArrayLike) -> np.ndarray:
     """Return `clusters` as a float64 array (K, 3), or raise ValueError.
 
     Accepts anything array-like (lists, numpy, torch). Colours must be finite and lie in [-1, 1]; colours in 0..255 are
-    rejected, not rescaled by a guess. Repeated colours are allowed: of equal rows the lowest index is used.
+    rejected rather than rescaled on a guess. Colours may repeat; the lowest index of equal rows is used.
     """
     palette = np.asarray(clusters, dtype=np.float64)
     if palette.ndim != 2 or palette.shape[1] != 3 or not 1 <= len(palette) <= MAX_COLORS:
@@ -45,12 +46,12 @@ def check_palette(clusters) -> np.ndarray:
     return palette
 
 
-def to_unit_range(grey_levels) -> np.ndarray:
+def to_unit_range(grey_levels: ArrayLike) -> np.ndarray:
     """Map grey levels 0..255, of any shape, to float64 in [-1, 1], the palette's scale."""
     return np.asarray(grey_levels, dtype=np.float64) / 127.5 - 1
 
 
-def to_grey_levels(colors) -> np.ndarray:
+def to_grey_levels(colors: ArrayLike) -> np.ndarray:
     """Map colours in [-1, 1], of any shape, to uint8 0..255, rounded to the nearest level [code run.py sample]."""
     return np.rint((np.asarray(colors, dtype=np.float64) + 1) * 127.5).astype(np.uint8)
 
@@ -58,10 +59,11 @@ def to_grey_levels(colors) -> np.ndarray:
 def nearest_color(pixels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """Return the index of the palette colour nearest to each pixel, in squared Euclidean distance.
 
-    pixels: (..., 3), uint8 grey levels, or floats on the palette's scale. clusters: (K, 3) from `check_palette`.
-    Returns int64 (...), in 0..K-1. Distances are summed in float64 as (dR² + dG²) + dB²; of equally near colours the
-    lowest index wins. Follows OpenAI's `color_quantize` (src/utils.py) without its rounding. Uint8 pixels are looked up
-    in `lookup_table`, which is built on first use.
+    pixels: (..., 3), uint8 grey levels, or floats on the palette's scale; other shapes are a ValueError.
+    clusters: (K, 3) from `check_palette`. Returns int64 (...), in 0..K-1.
+    Distances are summed in float64 as (dR² + dG²) + dB², and ties go to the lowest index. Follows OpenAI's
+    `color_quantize` (src/utils.py) without its rounding. Uint8 pixels are looked up in `lookup_table`, which is built on
+    first use.
     """
     pixels = np.asarray(pixels)
     if pixels.ndim < 1 or pixels.shape[-1] != 3:
@@ -75,7 +77,7 @@ def nearest_color(pixels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
 
 
 def nearest_color_of_codes(codes: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Do what `nearest_color` does for 8-bit colours packed into one number each.
+    """Return the index of the nearest palette colour for 8-bit colours that are packed into one number each.
 
     codes: (n,) uint32, R << 16 | G << 8 | B. Returns int64 (n,).
     """
@@ -87,24 +89,25 @@ def nearest_color_of_codes(codes: np.ndarray, clusters: np.ndarray) -> np.ndarra
 
 
 def lookup_table(clusters: np.ndarray) -> np.ndarray:
-    """Return the nearest palette colour of all 2^24 colours: uint16 (2^24,), 32 MiB, read-only.
+    """Return the nearest palette colour for each of the 2^24 colours: uint16 (2^24,), 32 MiB, read-only.
 
-    The index is R << 16 | G << 8 | B. clusters: a palette, float64 (K, 3); one that `check_palette` rejects is a
-    ValueError. The table equals, bit for bit, a comparison of float64 distances to all K colours in which the lowest of
-    equal indices wins. It is built once per palette, in tenths of a second for 512 colours.
+    The index is R << 16 | G << 8 | B. clusters: a palette (K, 3), float64; one that `check_palette` rejects is a
+    ValueError. Every entry is the argmin of the float64 distances to all K colours, exactly, with ties going to the
+    lowest index. The table is built once per palette, in a few tenths of a second for 512 colours.
     """
     clusters = np.asarray(clusters, dtype=np.float64)
     return _lookup_table(clusters.tobytes(), clusters.shape)
 
 
 @lru_cache(maxsize=4)
-def _lookup_table(palette: bytes, shape: tuple) -> np.ndarray:
+def _lookup_table(palette: bytes, shape: tuple[int, ...]) -> np.ndarray:
     clusters = check_palette(np.frombuffer(palette).reshape(shape))
-    # Of equal colours only the first can win. Below, candidates are rows of `colors`, which keeps the palette's order.
+    # Only the first of equal colours can win. Below, candidates are rows of `colors`, which keeps the palette's order.
     rows = np.sort(np.unique(clusters, axis=0, return_index=True)[1])
     colors = clusters[rows]
     table = np.empty((256, 256, 256), np.uint16)
-    # Each cell has candidates, the colours that may be nearest somewhere in it. The first cell is the whole cube, with all.
+    # Each cell has candidates: the colours that may be nearest somewhere in it. The first cell is the whole cube, and
+    # every colour is its candidate.
     corners, counts, candidates = np.zeros((1, 3), np.int64), np.array([len(rows)]), np.arange(len(rows))
     side = 256
     for smaller, few in _CELLS:
@@ -119,10 +122,12 @@ def _lookup_table(palette: bytes, shape: tuple) -> np.ndarray:
     return table.reshape(-1)
 
 
-def _group_cells(counts: np.ndarray, candidates: np.ndarray, distances_of):
+def _group_cells(
+    counts: np.ndarray, candidates: np.ndarray, distances_of: Callable[[int], int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield groups of cells with similar numbers of candidates: indices (C,), and candidates (C, m) padded with the last.
 
-    distances_of(m) is the number of distances that a cell of m candidates needs in memory.
+    distances_of(m) is the number of distances that a cell with m candidates holds in memory.
     """
     starts = np.cumsum(counts) - counts
     order = np.argsort(counts, kind="stable")
@@ -134,8 +139,10 @@ def _group_cells(counts: np.ndarray, candidates: np.ndarray, distances_of):
         yield cells, candidates[starts[cells][:, None] + position]
 
 
-def _divide(corners, counts, candidates, side: int, smaller: int, colors: np.ndarray):
-    """Divide cells of `side` levels into cells of `smaller` levels; each keeps its parent's candidates that can win in it.
+def _divide(
+    corners: np.ndarray, counts: np.ndarray, candidates: np.ndarray, side: int, smaller: int, colors: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Divide cells of `side` levels into cells of `smaller` levels, which keep the candidates that can win in them.
 
     In a box, d²(c) - d²(w) is linear for two colours c and w. Its minimum is at a corner, and lies |c - w|₁ times the
     box's width below its value at the centre. So c can beat w, the nearest colour at the centre, only if the difference
@@ -144,7 +151,7 @@ def _divide(corners, counts, candidates, side: int, smaller: int, colors: np.nda
     n = side // smaller
     steps = np.arange(n) * smaller
     levels = to_unit_range(np.arange(256))
-    width = to_unit_range(smaller - 1) - to_unit_range(0)  # of the box from the first to the last level of a cell
+    width = to_unit_range(smaller - 1) - to_unit_range(0)  # from the first to the last level of a cell
     all_corners, all_counts, all_candidates = [], [], []
     for cells, found in _group_cells(counts, candidates, lambda m: m * n**3):
         first = corners[cells][:, :, None] + steps  # (C, 3, n)
@@ -167,8 +174,16 @@ def _divide(corners, counts, candidates, side: int, smaller: int, colors: np.nda
     return np.concatenate(all_corners), np.concatenate(all_counts), np.concatenate(all_candidates)
 
 
-def _settle(table, corners, counts, candidates, side: int, colors: np.ndarray, rows: np.ndarray):
-    """Write the nearest candidate at every colour of each cell into `table` (256, 256, 256)."""
+def _settle(
+    table: np.ndarray,
+    corners: np.ndarray,
+    counts: np.ndarray,
+    candidates: np.ndarray,
+    side: int,
+    colors: np.ndarray,
+    rows: np.ndarray,
+) -> None:
+    """Write the nearest candidate for every colour of each cell into `table` (256, 256, 256)."""
     if not len(counts):
         return
     n = 256 // side
@@ -192,10 +207,10 @@ def _settle(table, corners, counts, candidates, side: int, colors: np.ndarray, r
         table[r, :, g, :, b] = tokens.transpose(3, 0, 1, 2)
 
 
-def _measure_distances(level: np.ndarray, color: np.ndarray, out: np.ndarray):
-    """Compute squared distances between the colours of C cells, levels (3, side, C), and one colour per cell, (C, 3).
+def _measure_distances(level: np.ndarray, color: np.ndarray, out: np.ndarray) -> None:
+    """Write into `out` (side, side, side, C) the squared distances between all colours of C cells and one colour per cell.
 
-    out: (side³, C).
+    level: (3, side, C), the levels of each cell per channel. color: (C, 3).
     """
     r, g, b = np.square(level - color.T[:, None])  # each (side, C)
     np.add((r[:, None] + g)[:, :, None], b, out=out)
@@ -213,7 +228,10 @@ def _nearest_by_distance(pixels: np.ndarray, clusters: np.ndarray) -> np.ndarray
 
 
 def colors_of(tokens: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Return the colours (..., 3) of tokens (...) in 0..K-1, as uint8 grey levels."""
+    """Return the colours of `tokens` (...), integers in 0..K-1, as uint8 grey levels (..., 3).
+
+    A token out of range is a ValueError.
+    """
     tokens = np.asarray(tokens)
     if tokens.size and (tokens.min() < 0 or tokens.max() >= len(clusters)):
         raise ValueError(
@@ -224,12 +242,12 @@ def colors_of(tokens: np.ndarray, clusters: np.ndarray) -> np.ndarray:
 
 
 def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0, progress: bool = False) -> np.ndarray:
-    """Fit `n_colors` colours to `pixels` (n, 3) uint8 by k-means in RGB [V2 3.2]; returns a palette (n_colors, 3).
+    """Fit `n_colors` colours to `pixels` (n, 3) uint8 by k-means in RGB [V2 3.2]; return a palette (n_colors, 3).
 
     Runs scikit-learn's k-means++ initialisation and full Lloyd iterations until no assignment changes, on the distinct
-    colours weighted by their counts. The same pixels and seed give the same palette. All its colours are distinct; data
-    with fewer distinct colours than `n_colors` are a ValueError. Fitting 512 colours to a million pixels takes about a
-    minute; `progress` shows a bar.
+    colours weighted by their counts. The same pixels and seed give the same palette, and all its colours are distinct.
+    Data with fewer than `n_colors` distinct colours are a ValueError. Fitting 512 colours to a million pixels takes about
+    a minute; `progress` shows a bar.
     """
     try:
         from sklearn.cluster import KMeans, kmeans_plusplus
@@ -241,12 +259,12 @@ def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0, progress: bool
     if pixels.ndim != 2 or pixels.shape[1] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"Pixels are a uint8 array (n, 3); found {pixels.dtype} of shape {pixels.shape}.")
     if not 1 <= n_colors <= MAX_COLORS:
-        raise ValueError(f"A palette has 1 to {MAX_COLORS} colours; {n_colors} were asked for.")
+        raise ValueError(f"A palette has 1 to {MAX_COLORS} colours; {n_colors} were requested.")
     distinct, counts = np.unique(pixels, axis=0, return_counts=True)
     if len(distinct) < n_colors:
         raise ValueError(
-            f"The data hold {len(distinct)} distinct colours, fewer than the {n_colors} asked for: "
-            f"ask for at most {len(distinct)}, or sample more pixels."
+            f"The data hold {len(distinct)} distinct colours, fewer than the {n_colors} requested: "
+            f"request at most {len(distinct)}, or sample more pixels."
         )
     if len(distinct) == n_colors:
         return to_unit_range(distinct)
@@ -254,7 +272,7 @@ def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0, progress: bool
     centers, _ = kmeans_plusplus(colors, n_colors, sample_weight=weights, random_state=seed)
     with tqdm(desc="Fitting the palette", unit="iteration", disable=None if progress else True) as bar:
         while True:
-            # A few Lloyd iterations at a time, each run starting from the last one's centres, so that the bar can move.
+            # A few Lloyd iterations at a time, each run starting from the centres of the last, so that the bar can move.
             kmeans = KMeans(n_colors, init=centers, n_init=1, max_iter=_PORTION, tol=0, algorithm="lloyd")
             centers = kmeans.fit(colors, sample_weight=weights).cluster_centers_
             bar.update(kmeans.n_iter_)
@@ -265,19 +283,22 @@ def fit_palette(pixels: np.ndarray, n_colors: int, seed: int = 0, progress: bool
     palette = np.clip(to_unit_range(centers), -1, 1)
     n_distinct = len(np.unique(palette, axis=0))
     if n_distinct < n_colors:
-        raise ValueError(f"k-means found only {n_distinct} distinct colours of {n_colors}: ask for fewer colours.")
+        raise ValueError(f"k-means found only {n_distinct} distinct colours, not {n_colors}: request fewer colours.")
     return palette
 
 
 def distortion(pixels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """Measure what quantising `pixels` (..., 3) uint8 loses: `rmse_grey_levels` over all channel values, and `psnr_db`."""
+    """Measure the quantisation error of `pixels` (..., 3) uint8: `rmse_grey_levels` over all channel values, and `psnr_db`."""
     restored = colors_of(nearest_color(pixels, clusters), clusters)
     rmse = float(np.sqrt(np.mean(np.square(restored.astype(np.float64) - pixels))))
     return {"rmse_grey_levels": rmse, "psnr_db": float("inf") if rmse == 0 else float(20 * np.log10(255 / rmse))}
 
 
 def load_palette(path: str | Path) -> np.ndarray:
-    """Read a palette from a `.npy` file (OpenAI's `kmeans_centers.npy`), a processor's JSON, or a processor's folder."""
+    """Read a palette (K, 3) from a `.npy` file (OpenAI's `kmeans_centers.npy`), a processor's JSON file, or its folder.
+
+    A path that holds no valid palette is a ValueError.
+    """
     path = Path(path)
     file = path / "preprocessor_config.json" if path.is_dir() else path
     if not file.is_file():

@@ -1,12 +1,15 @@
 """`ImageGPTConfig`: transformers' fields and defaults, the paper's presets, and the few keys that are ours."""
 
+import os
+from typing import Any
+
 import transformers
 from packaging.version import Version
 
 
 if Version(transformers.__version__) < Version("5.17"):  # before imports that older versions cannot serve
     raise ImportError(
-        f"This Image GPT's code needs transformers >= 5.17; found {transformers.__version__}: pip install -U transformers"
+        f"This Image GPT needs transformers >= 5.17; found {transformers.__version__}: pip install -U transformers"
     )
 
 from huggingface_hub.dataclasses import strict
@@ -30,30 +33,31 @@ class ImageGPTConfig(PreTrainedConfig):
     from one of its checkpoints means. The paper's models come from [`ImageGPTConfig.from_preset`].
 
     vocab_size (`int`, defaults to 513):
-        K + 1: the palette's K colours and SOS, the last token.
+        K + 1: the palette's K colours, and SOS as the last token.
     n_positions (`int`, defaults to 1024):
-        N = height · width, pixels of an image; also the longest input.
+        N = height · width, the number of pixels in an image and the longest input.
     use_bias (`bool`, defaults to `True`):
-        Whether projections have trained biases. False (the paper's models): zeros are kept and saved in their place,
-        so that files have the same tensors either way, and count as no parameters.
+        Whether projections have trained biases. If not, as in the paper's models, zeros are saved in their place, so
+        that files hold the same tensors either way. The zeros are not counted as parameters.
     initialization (`"transformers"` or `"openai"`, defaults to `"transformers"`):
-        Whose random initialisation. OpenAI's starts with zero logits: an untrained loss of ln K.
+        Whose random initialisation to use. OpenAI's starts with zero logits, so the loss before training is ln K.
 
     objective (`"causal"` or `"masked"`, defaults to `"causal"`):
-        What the weights were trained for: the next pixel, or pixels that were masked (BERT-style).
+        What the weights were trained to predict: the next pixel, or masked pixels (BERT-style).
     sos_inputs (`bool`, defaults to `False`):
-        Whether a classifier of a causal model is fed [SOS, x_0 … x_{N-2}], as OpenAI's code, or x_0 … x_{N-1}, as
-        transformers.
+        Whether a classifier on a causal model reads [SOS, x_0 … x_{N-2}], as in OpenAI's code, or x_0 … x_{N-1}, as
+        in transformers.
     generative_loss_weight (`float`, defaults to 0):
-        Weight of the generative loss beside the classification loss, in fine-tuning (paper 2.3: 1). A classifier
-        keeps its colour head where it is positive.
+        Weight of the generative loss that fine-tuning adds to the classification loss (paper 2.3: 1). A classifier
+        keeps its colour head if the weight is positive.
 
-    `base_model_fsdp_plan` shards everything, block by block, in `from_pretrained(distributed_config=
-    DistributedConfig(fsdp_size=...))`; it is written to no file. There is no plan for tensor parallelism.
+    `base_model_fsdp_plan` shards all weights, block by block, in `from_pretrained(distributed_config=
+    DistributedConfig(fsdp_size=...))`; it is not written to any file. There is no plan for tensor parallelism.
 
-    Other fields as transformers' `ImageGPTConfig`. Cross-attention is not supported. Plain transformers would load masked
-    models and classifiers with `sos_inputs` and be silently wrong; their saved configuration makes it refuse, by a
-    sentence in a field that transformers reads strictly.
+    All other fields are those of transformers' `ImageGPTConfig`. Cross-attention and tied embeddings are not supported; a
+    value that is not supported is a ValueError. Plain transformers would load masked models and classifiers with
+    `sos_inputs` and silently give wrong results, so their saved configuration makes it refuse: it holds a sentence in a
+    field that transformers requires to be a boolean.
     """
 
     model_type = "imagegpt"
@@ -87,7 +91,7 @@ class ImageGPTConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = False
     scale_attn_by_inverse_layer_idx: bool = False
-    reorder_and_upcast_attn: bool | str = False  # True changes rounding only, and nothing here
+    reorder_and_upcast_attn: bool | str = False  # has no effect here; in transformers, True changes the rounding only
     add_cross_attention: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -100,17 +104,18 @@ class ImageGPTConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(
-        cls, size: str, *, image_size: int = IMAGE_SIZE, n_colors: int = N_COLORS, **overrides
+        cls, size: str, *, image_size: int = IMAGE_SIZE, n_colors: int = N_COLORS, **overrides: Any
     ) -> "ImageGPTConfig":
-        """The configuration of a size of the paper ("s", "m", "l", "xl") or of ours ("tiny", "xs").
+        """Make the configuration for one of the paper's sizes ("s", "m", "l", "xl") or of ours ("tiny", "xs").
 
         image_size: height = width in pixels, so N = image_size². n_colors: K. `overrides` are fields of the
-        configuration. Bias-free, without dropout, initialised as OpenAI's code (src/model.py), SOS as `bos_token_id`.
+        configuration. The model has no biases and no dropout, is initialised as in OpenAI's code (src/model.py), and has
+        SOS as `bos_token_id`. An unknown size is a ValueError.
         """
         if size not in SIZES:
             raise ValueError(f"No preset {size!r}: the sizes are {', '.join(SIZES)}.")
         shape = SIZES[size]
-        fields = {
+        fields: dict[str, Any] = {
             "n_layer": shape.n_layer,
             "n_embd": shape.n_embd,
             "n_head": shape.n_head,
@@ -127,24 +132,28 @@ class ImageGPTConfig(PreTrainedConfig):
         return cls(**fields)
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         found = fields.get("model_type", cls.model_type)
-        if found != cls.model_type:  # transformers only warns, and makes a random model
-            raise ValueError(f"{pretrained_model_name_or_path} holds a model of type {found}, no Image GPT (imagegpt).")
+        if found != cls.model_type:  # transformers only warns, and makes a model with random weights
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {found}, not an Image GPT (imagegpt)."
+            )
         return fields, kwargs
 
     @property
     def sos_token_id(self) -> int:
-        """The start-of-sequence token, K: one past the last colour."""
+        """The start-of-sequence token, K, which follows the last colour."""
         return self.vocab_size - 1
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if __package__ == "hf_igpt":
-            # Of a published repository, whose own code it names. Here the package's pipelines are registered.
+            # A published repository's configuration names its own code; here the package's pipelines are registered.
             kwargs.pop("custom_pipelines", None)
-        elif "ImageGPTForImageClassification" not in (self.architectures or []):  # whose own task is still inferred
-            # Named by this code, not by config.json: there plain transformers would refuse the task that it can serve.
+        elif "ImageGPTForImageClassification" not in (self.architectures or []):  # which keeps its own task
+            # Added here and not in config.json, because plain transformers would then refuse a task that it can serve.
             features = {
                 "impl": "pipelines_imagegpt.ImageGPTFeatureExtractionPipeline",
                 "pt": ["AutoModel"],
@@ -152,7 +161,7 @@ class ImageGPTConfig(PreTrainedConfig):
             }
             kwargs["custom_pipelines"] = {**kwargs.get("custom_pipelines", {}), _FEATURES: features}
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) is no multiple of n_head ({self.n_head}).")
+            raise ValueError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}).")
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size is at least 2 (one colour and SOS); found {self.vocab_size}.")
         if self.initialization not in ("transformers", "openai"):
@@ -162,20 +171,20 @@ class ImageGPTConfig(PreTrainedConfig):
                 f'objective is "causal" or "masked"; found {self.objective!r}. A newer hf_igpt may know it: pip install -U hf_igpt'
             )
         if self.sos_inputs and self.objective == "masked":
-            raise ValueError("sos_inputs is of causal models: masked ones have no SOS.")
+            raise ValueError("sos_inputs is for causal models: masked models have no SOS.")
         if not self.generative_loss_weight >= 0:
             raise ValueError(f"generative_loss_weight is at least 0; found {self.generative_loss_weight}.")
         if self.objective == "masked":
             self.is_causal = False  # read by transformers' attention masks
         if isinstance(self.reorder_and_upcast_attn, str):
-            self.reorder_and_upcast_attn = False  # the sentence below, met again
+            self.reorder_and_upcast_attn = False  # the sentence that `to_dict` wrote
         if self.add_cross_attention:
             raise ValueError("add_cross_attention=True is not supported: Image GPT has no cross-attention.")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=True is not supported: Image GPT's two token matrices are untied.")
         super().__post_init__(**kwargs)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output.get("custom_pipelines", {}).pop(_FEATURES, None)
         if self.objective == "masked" or self.sos_inputs:

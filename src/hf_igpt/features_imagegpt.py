@@ -1,24 +1,30 @@
-"""Features: what "layer l" means, and how features of all layers come out of one forward pass.
+"""Features: what "layer l" means, and features of all layers from one forward pass.
 
-Layer l of L blocks is the normalised input of block l (the output of its `ln_1`) for l < L, and the output of `ln_f` for
-l = L; an image's feature is the mean over its N positions [V2 3.3, blog footnote E]. A causal model is fed
-[SOS, x_0 … x_{N-2}], as in training; a masked one all N pixels.
+In a model of L blocks, layer l is the normalised input of block l (the output of its `ln_1`) for l < L, and the output of
+`ln_f` for l = L. An image's feature is the mean over its N positions [V2 3.3, blog footnote E]. A causal model reads
+[SOS, x_0 … x_{N-2}], as in training; a masked model reads all N pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .configuration_imagegpt import ImageGPTConfig
+from .image_processing_imagegpt import AnyImageProcessor
 from .inputs_imagegpt import check_tokens, shift_right
 from .modeling_imagegpt import ImageGPTPreTrainedModel
 from .presets import MASK_PROBABILITY
 
 
-def check_layers(config, layers: int | Sequence[int] | None) -> list[int]:
-    """`layers` as a list of 0..L; None means all of them, negative numbers count from the end (−1 is L)."""
+def check_layers(config: ImageGPTConfig, layers: int | Sequence[int] | None) -> list[int]:
+    """Return `layers` as a list of numbers in 0..L, or raise ValueError.
+
+    None means all layers; negative numbers count from the end (−1 is L).
+    """
     n_layer = config.n_layer
     if layers is None:
         return list(range(n_layer + 1))
@@ -28,7 +34,7 @@ def check_layers(config, layers: int | Sequence[int] | None) -> list[int]:
     for layer in layers:
         if not -n_layer - 1 <= layer <= n_layer:
             raise ValueError(
-                f"There is no layer {layer}: this model has layers 0..{n_layer}, of which {n_layer} is the last norm."
+                f"There is no layer {layer}: this model has layers 0..{n_layer}, of which {n_layer} is the final norm."
             )
     return [layer % (n_layer + 1) for layer in layers]
 
@@ -36,26 +42,27 @@ def check_layers(config, layers: int | Sequence[int] | None) -> list[int]:
 @torch.no_grad()
 def features_of_tokens(
     model: ImageGPTPreTrainedModel,
-    tokens: torch.LongTensor,
+    tokens: torch.Tensor,
     layers: int | Sequence[int] | None = None,
     *,
     pool: bool = True,
-    bool_masked_pos: torch.BoolTensor | None = None,
+    bool_masked_pos: torch.Tensor | None = None,
 ) -> dict[int, torch.Tensor]:
-    """Features of one batch by layer, of one forward pass: (B, D) each, or without `pool` (B, N, D).
+    """Compute the features of one batch in one forward pass, by layer: (B, D) each, or (B, N, D) without `pool`.
 
-    model: any Image GPT, as it is (in evaluation mode for reproducible features). tokens: (B, N) colours 0..K-1.
-    layers: see `check_layers`. bool_masked_pos: (B, N), of masked models: pixels that are hidden. Only the pooled means are
-    kept of each layer, in float32.
+    model: any Image GPT; its mode is left as it is, so put it into evaluation mode for reproducible features.
+    tokens: (B, N) colours in 0..K-1. layers: see `check_layers`. bool_masked_pos: (B, N), for masked models, the pixels to
+    hide. With `pool`, only the mean of each layer is kept, in float32. A token out of range, or a layer that does not
+    exist, is a ValueError.
     """
     config = model.config
     layers = check_layers(config, layers)
     check_tokens(tokens, config.vocab_size - 1, "tokens", config)
-    backbone = model.base_model
-    found = {}
+    backbone: Any = model.base_model
+    found: dict[int, torch.Tensor] = {}
 
-    def keep(layer):
-        def hook(module, inputs, output):
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
             found[layer] = output.float().mean(dim=1) if pool else output
 
         return hook
@@ -73,21 +80,22 @@ def features_of_tokens(
 
 def extract(
     model: ImageGPTPreTrainedModel,
-    inputs,
+    inputs: Sequence[Any] | np.ndarray | torch.Tensor,
     layers: int | Sequence[int] | None = None,
     *,
-    processor=None,
+    processor: AnyImageProcessor | None = None,
     batch_size: int = 64,
     bf16: bool = False,
     mask_seed: int | None = None,
     progress: bool = True,
 ) -> dict[int, torch.Tensor]:
-    """Features of many images by layer, each (n, D) float32 on the CPU, of one forward pass for all layers.
+    """Compute the features of many images by layer, each (n, D) float32 on the CPU. Each image takes one forward pass.
 
-    inputs: tokens (n, N) of colours 0..K-1 (torch, numpy, a column of a tokenised dataset), or with `processor` a list of
-    images as it takes them. layers: see `check_layers`. bf16: run the model in bfloat16 autocast; means are of float32.
-    mask_seed: of masked models: hide pixels as in training [V2 4.6], drawn image after image from this seed; None hides
-    nothing. Besides the model and one batch, only the features themselves take memory.
+    inputs: tokens (n, N) in 0..K-1 (torch, numpy, a column of a tokenised dataset), or, with `processor`, a list of images
+    that it accepts. layers: see `check_layers`. batch_size: images per forward pass. bf16: run the model in bfloat16
+    autocast; means are computed in float32. mask_seed: for masked models, hide pixels as in training [V2 4.6], drawn for
+    one image after the other from this seed; None hides nothing. In addition to the model and one batch, only the features
+    take memory. Invalid arguments are a ValueError.
     """
     layers = check_layers(model.config, layers)
     found = {layer: torch.empty(len(inputs), model.config.n_embd) for layer in layers}
@@ -109,9 +117,10 @@ def extract(
 
 
 def layers_around(layer: int, n_layer: int, count: int) -> list[int]:
-    """`count` neighbouring layers of 0..L with `layer` in their middle, or as near to it as the ends allow.
+    """Return `count` consecutive layers in 0..L, centred on `layer` as far as the ends allow.
 
-    The paper's 15,360 features of iGPT-XL are of 5 layers around the best [V2 Table 2].
+    The paper's 15,360 features of iGPT-XL come from 5 layers around the best one [V2 Table 2]. A count that does not fit is
+    a ValueError.
     """
     if not 1 <= count <= n_layer + 1:
         raise ValueError(f"Between 1 and {n_layer + 1} layers can be concatenated; found {count}.")
@@ -120,8 +129,8 @@ def layers_around(layer: int, n_layer: int, count: int) -> list[int]:
 
 
 @contextmanager
-def evaluation_mode(model: torch.nn.Module):
-    """Within it `model` is in evaluation mode; afterwards its training flag is what it was."""
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put `model` into evaluation mode, and back into its former mode on leaving the context."""
     training = model.training
     model.eval()
     try:
@@ -132,35 +141,35 @@ def evaluation_mode(model: torch.nn.Module):
 
 def feature_batches(
     model: ImageGPTPreTrainedModel,
-    inputs,
+    inputs: Sequence[Any] | np.ndarray | torch.Tensor,
     layers: int | Sequence[int] | None = None,
     *,
-    processor=None,
+    processor: AnyImageProcessor | None = None,
     batch_size: int = 64,
     bf16: bool = False,
     mask_seed: int | None = None,
     progress: bool = True,
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """What `extract` returns, batch after batch. Arguments are those of `extract`, checked when this is called."""
+    """Yield what `extract` returns, one batch at a time. The arguments, those of `extract`, are checked on calling."""
     config, device = model.config, model.device
     if len(inputs) == 0:
-        raise ValueError("No images: features need one at least.")
+        raise ValueError("No images: at least one is needed.")
     if mask_seed is not None and config.objective != "masked":
-        raise ValueError("mask_seed is of masked models; this one is causal.")
+        raise ValueError("mask_seed is for masked models; this one is causal.")
     if batch_size < 1:
         raise ValueError(f"batch_size is at least 1; found {batch_size}.")
 
     @torch.no_grad()
-    def batches():
+    def batches() -> Iterator[dict[int, torch.Tensor]]:
         rng = None if mask_seed is None else np.random.default_rng(mask_seed)
         bar = tqdm(total=len(inputs), desc="Features", unit="image", disable=None if progress else True)
         with evaluation_mode(model), bar:
             for start in range(0, len(inputs), batch_size):
                 batch = inputs[start : start + batch_size]
-                batch = batch if processor is None else processor(batch)["input_ids"]
-                tokens = np.asarray(batch.cpu() if torch.is_tensor(batch) else batch)
-                mask = None if rng is None else torch.from_numpy(rng.random(tokens.shape) < MASK_PROBABILITY).to(device)
-                tokens = torch.from_numpy(tokens).to(device)
+                batch = batch if processor is None else processor(batch)["input_ids"]  # type: ignore[arg-type]  # any image
+                rows = np.asarray(batch.cpu() if torch.is_tensor(batch) else batch)
+                mask = None if rng is None else torch.from_numpy(rng.random(rows.shape) < MASK_PROBABILITY).to(device)
+                tokens = torch.from_numpy(rows).to(device)
                 tokens = tokens if tokens.is_floating_point() else tokens.long()
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     features = features_of_tokens(model, tokens, layers, bool_masked_pos=mask)

@@ -1,17 +1,24 @@
-"""Drawing images: `sample()` from nothing, `complete()` from the upper rows of given images, `fill_in()` hidden pixels."""
+"""Drawing images: `sample()` draws whole images, `complete()` continues the upper rows of images, `fill_in()` hidden pixels."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .cache_imagegpt import drawing_cache
 from .features_imagegpt import evaluation_mode
+from .image_processing_imagegpt import AnyImageProcessor
 from .inputs_imagegpt import check_tokens
+from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
+from .pixels_imagegpt import AnyImage
 
 
 def sample(
-    model,
-    processor,
+    model: ImageGPTForCausalImageModeling,
+    processor: AnyImageProcessor,
     num_images: int,
     *,
     seed: int | None = 0,
@@ -21,12 +28,13 @@ def sample(
     batch_size: int = 64,
     progress: bool = True,
     return_tokens: bool = False,
-):
-    """Draw `num_images` images unconditionally. Returns a list of PIL images, or tokens (num_images, N) int64.
+) -> list[Image.Image] | torch.Tensor:
+    """Draw `num_images` images unconditionally. Return a list of PIL images, or tokens (num_images, N) int64.
 
-    model: an `ImageGPTForCausalImageModeling`; processor: the one it was trained with. Defaults are the paper's
-    sampling: temperature 1, nothing truncated [code run.py sample]. seed: the same seed, machine and batch size give
-    the same images, and torch's own random state is left as it was; None draws from that state.
+    processor: the one that the model was trained with. The defaults are the paper's sampling: temperature 1, without
+    truncation [code run.py sample]. seed: the same seed, machine and batch size give the same images, and torch's own
+    random state is restored afterwards; None draws from that state. batch_size: images drawn at a time. Invalid options,
+    and a processor that does not fit the model, are a ValueError.
     """
     if num_images < 1:
         raise ValueError(f"num_images is at least 1; found {num_images}.")
@@ -36,9 +44,9 @@ def sample(
 
 
 def complete(
-    model,
-    processor,
-    images=None,
+    model: ImageGPTForCausalImageModeling,
+    processor: AnyImageProcessor,
+    images: str | AnyImage | Sequence[str | AnyImage] | None = None,
     rows: int | None = None,
     num_completions: int = 1,
     *,
@@ -50,13 +58,13 @@ def complete(
     batch_size: int = 64,
     progress: bool = True,
     return_tokens: bool = False,
-    **generate_kwargs,
-):
-    """Keep the upper `rows` rows of each image (None: half of them, 0: nothing) and draw the rest.
+    **generate_kwargs: Any,
+) -> list[list[Image.Image]] | torch.Tensor:
+    """Keep the upper `rows` rows of each image (None: half of them, 0: none) and draw the rest.
 
-    images: what the processor takes; or `tokens` (n, N) instead. Returns for each image a list of `num_completions` PIL
-    images, or tokens (n, num_completions, N). The kept pixels are the image's own, exactly. `generate_kwargs` are further
-    options of `generate`. Other arguments as in `sample`.
+    images: anything the processor accepts; or pass `tokens` (n, N). Returns a list of `num_completions` PIL images for
+    each image, or tokens (n, num_completions, N) int64. The kept pixels are exactly the image's own. `generate_kwargs` are
+    further options of `generate`; the other arguments are those of `sample`. Invalid arguments are a ValueError.
     """
     if (images is None) == (tokens is None):
         raise ValueError("Pass either `images` or `tokens`, and not both.")
@@ -68,7 +76,7 @@ def complete(
         raise ValueError(f"num_completions is at least 1; found {num_completions}.")
     processor.check_fits(model.config)
     if tokens is None:
-        tokens = processor(images, return_tensors="pt")["input_ids"]
+        tokens = processor(images, return_tensors="pt")["input_ids"]  # type: ignore[arg-type]  # takes paths too
     tokens = torch.as_tensor(tokens).cpu()
     tokens = tokens if tokens.is_floating_point() else tokens.long()
     if len(tokens) == 0 or tokens.ndim != 2 or tokens.shape[1] != height * width:
@@ -85,11 +93,13 @@ def complete(
 
 
 @torch.no_grad()
-def fill_in(model, tokens: torch.Tensor, mask: torch.Tensor, *, seed: int | None = 0) -> torch.Tensor:
-    """Tokens (B, N) with the hidden pixels drawn from what a masked model says of each, given all that are not hidden.
+def fill_in(
+    model: ImageGPTForMaskedImageModeling, tokens: torch.Tensor, mask: torch.Tensor, *, seed: int | None = 0
+) -> torch.Tensor:
+    """Draw the hidden pixels of `tokens` (B, N) from a masked model's predictions given all other pixels; return (B, N).
 
-    mask: (B, N), True where a pixel is hidden. Each is drawn by itself: no two hidden pixels know of each other. seed: the
-    same seed and machine give the same pixels; None draws from torch's own random state.
+    mask: (B, N), True where a pixel is hidden. Hidden pixels are drawn independently of each other. seed: the same seed and
+    machine give the same pixels; None draws from torch's own random state. The result is on the CPU.
     """
     tokens, mask = tokens.to(model.device), mask.to(model.device)
     with evaluation_mode(model):
@@ -100,21 +110,30 @@ def fill_in(model, tokens: torch.Tensor, mask: torch.Tensor, *, seed: int | None
 
 
 class _Progress(StoppingCriteria):
-    """Moves a bar by the pixels drawn; never stops."""
+    """Advances a progress bar by the pixels drawn, and never stops generation."""
 
-    def __init__(self, bar):
+    def __init__(self, bar: tqdm) -> None:
         self.bar = bar
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.bar.update(len(input_ids))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @torch.no_grad()
 def _continue(
-    model, processor, prompts, seed, temperature, top_k, top_p, batch_size, progress, **generate_kwargs
+    model: ImageGPTForCausalImageModeling,
+    processor: AnyImageProcessor,
+    prompts: torch.Tensor,
+    seed: int | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    batch_size: int,
+    progress: bool,
+    **generate_kwargs: Any,
 ) -> torch.Tensor:
-    """Prompts (n, T) of pixels, without SOS -> whole images (n, N), on the CPU."""
+    """Continue `prompts` (n, T), pixels without SOS, to the tokens of whole images (n, N), on the CPU."""
     processor.check_fits(model.config)
     if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(
@@ -126,7 +145,7 @@ def _continue(
         return prompts
     finished = []
     devices = [model.device] if model.device.type == "cuda" else []
-    options = {
+    options: dict[str, Any] = {
         "do_sample": True,
         "temperature": temperature,
         "top_k": top_k,
@@ -134,7 +153,7 @@ def _continue(
         "max_length": n_pixels + 1,
         "use_cache": True,
     }
-    if drawing_cache(model) is not None and not generate_kwargs:  # not every option goes with a static cache
+    if drawing_cache(model) is not None and not generate_kwargs:  # a static cache does not support every option
         options["cache_implementation"] = drawing_cache(model)
     with (
         evaluation_mode(model),

@@ -1,15 +1,16 @@
 """Images to tokens and back: `ImageGPTImageProcessor` (torchvision backend) and `ImageGPTImageProcessorPil` (PIL backend).
 
-Both find the exact nearest colour of each pixel and share every line except the resizing. The two backends round
-their resizing filters differently, so the tokens of a resized photo may differ between them.
+Both find the exact nearest colour of each pixel and share all code except the resizing. The two backends round their
+resizing filters differently, so the tokens of a resized photo may differ between them.
 """
 
 import os
-from collections.abc import Mapping
-from typing import Any, Union
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, Union
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
@@ -18,7 +19,6 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    is_valid_image,
     load_image,
     make_flat_list_of_images,
 )
@@ -43,6 +43,9 @@ from .pixels_imagegpt import (
 from .presets import IMAGE_SIZE
 
 
+# (height, width) in pixels, a mapping with these keys, or one number for a square.
+ImageSize: TypeAlias = Sequence[int] | Mapping[str, int] | SizeDict | int
+
 _MISSING_GREY = 128
 _FILTERS = frozenset(PILImageResampling)
 
@@ -57,18 +60,19 @@ class ImageGPTImageProcessorKwargs(ImagesKwargs, total=False):
         Whether to return `input_ids`, the nearest colour of each pixel, or else `pixel_values`.
     """
 
-    clusters: Union[np.ndarray, list, "torch.Tensor"] | None
+    clusters: Union[np.ndarray, list[Any], "torch.Tensor"] | None
     do_color_quantize: bool | None
 
 
 class _ColorQuantization(BaseImageProcessor):
-    """What both backends share: the palette, the conversion of every image to 8-bit RGB, quantisation and its inverse."""
+    """The code that both backends share: the palette, conversion of images to 8-bit RGB, quantisation and its inverse."""
 
     model_input_names = ["input_ids"]
     valid_kwargs = ImageGPTImageProcessorKwargs
     resample = PILImageResampling.BILINEAR
     do_resize = True
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    size: dict[str, int] | SizeDict = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    crop_size: SizeDict | None
     do_convert_rgb = True
     do_center_crop = False
     do_rescale = True
@@ -76,16 +80,16 @@ class _ColorQuantization(BaseImageProcessor):
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
     do_color_quantize = True
-    clusters = None
+    clusters: np.ndarray | None = None
 
-    def __init__(self, clusters: np.ndarray | list | torch.Tensor | None = None, **kwargs):
+    def __init__(self, clusters: ArrayLike | None = None, **kwargs: Any) -> None:
         super().__init__(clusters=None if clusters is None else check_palette(clusters), **kwargs)
 
     @classmethod
-    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         options = dict(image_processor_dict)
         if options.get("do_center_crop") and options.get("crop_size") == options.get("size"):
-            options["crop_size"] = None  # the largest square, which `to_dict` writes so
+            options["crop_size"] = None  # the largest square, for which `to_dict` writes the size
         return super().from_dict(options, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,18 +97,18 @@ class _ColorQuantization(BaseImageProcessor):
         if output.get("clusters") is not None:
             output["clusters"] = np.asarray(output["clusters"]).tolist()  # float64: JSON keeps every bit
         if output.get("do_center_crop") and output.get("crop_size") is None and "height" in output["size"]:
-            # transformers' processors refuse to crop without a size; cropping to the resized size changes nothing there.
+            # transformers' processors refuse to crop without a size; a crop to the size after resizing changes nothing.
             output["crop_size"] = output["size"]
         return output
 
-    def fetch_images(self, image_url_or_urls: str | ImageInput | list) -> AnyImage | list:
-        """Read the images behind paths and URLs, with PIL in both backends; images are returned as they are.
+    def fetch_images(self, image_url_or_urls: str | ImageInput | Sequence[Any]) -> AnyImage | list[Any]:
+        """Read the images at paths and URLs, with PIL in both backends; images are returned unchanged.
 
         An image that cannot be read is a ValueError that names it.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        if is_valid_image(image_url_or_urls):
+        if isinstance(image_url_or_urls, (Image.Image, np.ndarray, torch.Tensor)):
             return image_url_or_urls
         if not isinstance(image_url_or_urls, str):
             raise ValueError(
@@ -112,28 +116,30 @@ class _ColorQuantization(BaseImageProcessor):
                 f"found {type(image_url_or_urls).__name__}."
             )
         try:
-            # A file is not read by load_image, whose conversion to RGB loses transparency and clips 16-bit images.
+            # Files are not read with load_image, whose conversion to RGB loses transparency and clips 16-bit images.
             is_file = os.path.isfile(image_url_or_urls)
             return open_image(image_url_or_urls) if is_file else load_image(image_url_or_urls)
         except (OSError, ValueError) as error:
             raise ValueError(f"Cannot read the image {image_url_or_urls[:200]}: {error}") from error
 
-    def preprocess(self, images: str | ImageInput | list, *args, **kwargs) -> BatchFeature:
-        """Convert images to tokens; see `ImageGPTImageProcessorPil`. Options override the processor's own."""
+    def preprocess(self, images: str | ImageInput | Sequence[Any], *args: Any, **kwargs: Any) -> BatchFeature:
+        """Convert images to tokens; see `ImageGPTImageProcessorPil`. Keyword arguments override the processor's options."""
         if args or kwargs.keys() - {"return_tensors"}:
             return super().preprocess(images, *args, **kwargs)
-        # This is the base class's call without its type check of the options in it, which even without any takes as long
-        # as the tokens of a small image.
+        # This is the base class's method without its type check of the given options. Even if none are given, the check
+        # takes as long as tokenising a small image.
         options = {name: getattr(self, name) for name in self.valid_kwargs.__annotations__} | kwargs
         options = self._standardize_kwargs(**options)
         self._validate_preprocess_kwargs(**options)
-        return self._preprocess_image_like_inputs(images, **options)
+        return self._preprocess_image_like_inputs(images, **options)  # type: ignore[arg-type]  # takes paths too
 
-    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list[AnyImage]:
+    def _prepare_images_structure(  # type: ignore[override]  # always a list here
+        self, images: str | ImageInput | Sequence[Any], expected_ndims: int = 3
+    ) -> list[AnyImage]:
         if isinstance(images, (list, tuple)) and len(images) == 0:
             raise ValueError("No images: the list is empty.")
-        images = self.fetch_images(images)
-        batch = images if isinstance(images, list) else [images]
+        fetched = self.fetch_images(images)
+        batch: Any = fetched if isinstance(fetched, list) else [fetched]
         # An array (H, W) is one grey image, (1, H, W).
         batch = [
             image[None] if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 2 else image
@@ -141,7 +147,7 @@ class _ColorQuantization(BaseImageProcessor):
         ]
         try:
             batch = make_flat_list_of_images(batch if len(batch) > 1 else batch[0], expected_ndims=expected_ndims)
-        except ValueError as error:  # its message may print all pixels
+        except ValueError as error:  # its message may contain all pixels
             raise ValueError(str(error)[:300]) from error
         if len(batch) == 0:
             raise ValueError("No images: the input holds none.")
@@ -149,18 +155,18 @@ class _ColorQuantization(BaseImageProcessor):
             shape = image.size if isinstance(image, Image.Image) else image.shape
             if 0 in shape:
                 raise ValueError(f"Image {index} is empty: its shape is {tuple(shape)}.")
-        return batch
+        return list(batch)
 
     def process_image(
         self,
         image: AnyImage,
         do_convert_rgb: bool | None = None,
         input_data_format: ChannelDimension | str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> AnyImage:
-        """Convert one image to 8 bits, to RGB if asked to, and to the backend's array (C, H, W).
+        """Convert one image to 8 bits, to RGB if `do_convert_rgb` is set, and to the backend's array (C, H, W).
 
-        The conversion to RGB is ours, because that of transformers differs between its versions.
+        The conversion to RGB is not transformers' own, which differs between its versions.
         """
         image = reduce_depth(image)
         if do_convert_rgb:
@@ -169,18 +175,22 @@ class _ColorQuantization(BaseImageProcessor):
                 input_data_format = ChannelDimension.FIRST
         return super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
 
-    def _validate_preprocess_kwargs(
-        self, do_center_crop=None, crop_size=None, resample=None, do_color_quantize=None, clusters=None, **kwargs
-    ):
-        # Without a crop size the crop is the largest square, so transformers need not ask for one.
+    def _validate_preprocess_kwargs(  # type: ignore[override]  # the named options are those checked here
+        self,
+        do_center_crop: bool | None = None,
+        crop_size: SizeDict | None = None,
+        resample: PILImageResampling | int | None = None,
+        do_color_quantize: bool | None = None,
+        clusters: ArrayLike | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Without a crop size the crop is the largest square, so transformers' check, which requires one, is left out.
         do_center_crop = do_center_crop and crop_size is not None
         super()._validate_preprocess_kwargs(
             do_center_crop=do_center_crop, crop_size=crop_size, resample=resample, **kwargs
         )
         if isinstance(resample, int) and resample not in _FILTERS:
-            raise ValueError(
-                f"resample is one of {[*PILImageResampling]}, a resampling filter of PIL; found {resample}."
-            )
+            raise ValueError(f"resample is one of PIL's resampling filters, {[*PILImageResampling]}; found {resample}.")
         if do_color_quantize and clusters is None:
             raise ValueError(
                 "This image processor has no palette. Pass `clusters`, an array (K, 3) of RGB colours in [-1, 1]; "
@@ -202,18 +212,18 @@ class _ColorQuantization(BaseImageProcessor):
         image_std: float | tuple[float, ...],
         return_tensors: str | None,
         do_color_quantize: bool = True,
-        clusters=None,
-        **kwargs,
+        clusters: ArrayLike | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
-        """Crop, resize and quantise what `process_image` returned: `input_ids` (B, N) int64, or `pixel_values`.
+        """Crop, resize and quantise the results of `process_image`: `input_ids` (B, N) int64, or `pixel_values`.
 
-        The largest central square is cropped before resizing. With a `crop_size` other than `size` the order and meaning
-        are those of transformers: resize, then crop to `crop_size`.
+        The largest central square is cropped before resizing. If `crop_size` differs from `size`, the order and meaning
+        are transformers': resize, then crop to `crop_size`.
         """
         if do_rescale and any(_looks_rescaled(image) for image in images):
             logger.warning_once(
-                "Images of floats in [0, 1] were given, and do_rescale takes them as grey levels 0 to 255: all will be "
-                "black. Pass do_rescale=False, or 8-bit images."
+                "The images are floats in [0, 1], which do_rescale takes for grey levels 0 to 255: all will be black. "
+                "Pass do_rescale=False, or 8-bit images."
             )
         crop_first = do_center_crop and (crop_size is None or crop_size == size)
         sized = []
@@ -221,12 +231,12 @@ class _ColorQuantization(BaseImageProcessor):
             if crop_first:
                 image = crop_to_square(image)
             if do_resize:
-                image = self.resize(image, size, resample)
+                image = self.resize(image, size, resample)  # type: ignore[attr-defined]  # a method of both backends
             if do_center_crop and not crop_first:
-                image = self.center_crop(to_channels_first(image), crop_size)
+                image = self.center_crop(to_channels_first(image), crop_size)  # type: ignore[arg-type]  # the backend's types
             sized.append(image)
 
-        def normalize_levels(image):
+        def normalize_levels(image: Any) -> Any:
             image = to_channels_first(image)
             if do_rescale:
                 image = self.rescale(image, rescale_factor)
@@ -241,30 +251,41 @@ class _ColorQuantization(BaseImageProcessor):
             return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
         can_look_up = _normalizes_to_palette_range(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         pixels = [image if can_look_up and is_eight_bit(image) else normalize_levels(image) for image in sized]
-        features = BatchFeature({"input_ids": _quantize_images(pixels, clusters)}, tensor_type=return_tensors)
+        features = BatchFeature(
+            {"input_ids": _quantize_images(pixels, np.asarray(clusters))}, tensor_type=return_tensors
+        )
         if return_tensors == "pt" and torch.is_tensor(sized[0]):
             features["input_ids"] = features["input_ids"].to(sized[0].device)
         return features
 
+    @property
+    def palette(self) -> np.ndarray:
+        """The palette (K, 3), RGB colours in [-1, 1]; a processor without one raises ValueError."""
+        if self.clusters is None:
+            raise ValueError("This image processor has no palette: pass `clusters` when creating it.")
+        return self.clusters
+
     def decode(
-        self, input_ids: torch.Tensor | np.ndarray | list, size=None, missing: str = "transparent"
+        self,
+        input_ids: torch.Tensor | np.ndarray | Sequence[Any],
+        size: ImageSize | None = None,
+        missing: str = "transparent",
     ) -> list[Image.Image]:
-        """Turn tokens back into images: the inverse of the quantisation, up to the palette's distortion.
+        """Turn tokens back into a list of B PIL images: the inverse of quantisation, up to the palette's distortion.
 
         input_ids: (B, N) or (N,), torch, numpy or lists, in 0..K-1. A leading SOS (K) is dropped, so the output of
-        `generate()` decodes as it is. Rows shorter than H·W are partial images in raster order; missing pixels, and every
-        token -100, become transparent (the image is then RGBA) or, with `missing="grey"`, mid-grey.
-        size: the images' size, as for `token_grid`, if it is not the processor's own.
-        Returns a list of B PIL images.
+        `generate()` can be passed directly. Rows shorter than H·W are partial images in raster order; missing pixels, and
+        every token -100, become transparent (the image is then RGBA) or, with `missing="grey"`, mid-grey.
+        size: the images' size, as in `token_grid`, if it is not the processor's own.
+        Tokens out of range, or more than fit the size, are a ValueError.
         """
-        if self.clusters is None:
-            raise ValueError("This image processor has no palette to decode with: pass `clusters` when creating it.")
+        palette = self.palette
         if missing not in ("transparent", "grey"):
             raise ValueError(f'`missing` is "transparent" or "grey"; found {missing!r}.')
         height, width = self.token_grid(size)
         if len(input_ids) == 0:
             return []
-        n_pixels, n_colors = height * width, len(self.clusters)
+        n_pixels, n_colors = height * width, len(palette)
         images = []
         for row in [input_ids] if np.ndim(input_ids[0]) == 0 else input_ids:
             tokens = np.asarray(row.cpu() if torch.is_tensor(row) else row)
@@ -280,30 +301,33 @@ class _ColorQuantization(BaseImageProcessor):
             known = np.zeros(n_pixels, dtype=bool)
             known[: len(tokens)] = tokens != IGNORE_INDEX
             pixels = np.full((n_pixels, 3), _MISSING_GREY, dtype=np.uint8)
-            pixels[known] = colors_of(tokens[known[: len(tokens)]], self.clusters)
+            pixels[known] = colors_of(tokens[known[: len(tokens)]], palette)
             if missing == "transparent" and not known.all():
                 alpha = np.where(known, 255, 0).astype(np.uint8)
                 pixels = np.concatenate([pixels, alpha[:, None]], axis=1)
             images.append(Image.fromarray(pixels.reshape(height, width, -1)))
         return images
 
-    def token_grid(self, size=None) -> tuple[int, int]:
-        """Return (height, width) in pixels of the images that tokens form: `size`, or the processor's own.
+    def token_grid(self, size: ImageSize | None = None) -> tuple[int, int]:
+        """Return the (height, width), in pixels, of the images that tokens form: `size`, or the processor's own.
 
-        size: (height, width), a mapping with these keys, or one number for a square.
+        size: (height, width), a mapping with these keys, or one number for a square. ValueError if `size` is None and the
+        processor's options do not determine it.
         """
-        if size is None:
-            is_cropped = self.do_center_crop and self.crop_size is not None
-            size = self.crop_size if is_cropped else (self.size if self.do_resize else {})
+        if size is None and self.do_center_crop and self.crop_size is not None:
+            size = self.crop_size
+        elif size is None:
+            size = self.size if self.do_resize else {}
         if isinstance(size, (Mapping, SizeDict)):
             if not (size.get("height") and size.get("width")):
-                raise ValueError("The processor's options fix no height and width of its images: pass `size`.")
+                raise ValueError("The processor's options do not fix the height and width of its images: pass `size`.")
             return size["height"], size["width"]
-        height, width = (size, size) if np.ndim(size) == 0 else size
+        sides: Any = (size, size) if np.ndim(size) == 0 else size
+        height, width = sides
         return int(height), int(width)
 
     def check_fits(self, config: ImageGPTConfig) -> None:
-        """Raise ValueError unless this processor makes images of as many pixels and colours as a model of `config` reads."""
+        """Raise ValueError unless a model with `config` reads as many pixels and colours as this processor makes."""
         height, width = self.token_grid()
         n_colors, found = config.vocab_size - 1, 0 if self.clusters is None else len(self.clusters)
         if (height * width, found) != (config.n_positions, n_colors):
@@ -313,10 +337,13 @@ class _ColorQuantization(BaseImageProcessor):
             )
 
 
-class ImageGPTImageProcessor(_ColorQuantization, TorchvisionBackend):
-    """Convert images to tokens with torchvision. Its options are those of `ImageGPTImageProcessorPil`, which it is without torchvision."""
+class ImageGPTImageProcessor(_ColorQuantization, TorchvisionBackend):  # type: ignore[misc]  # ours take PIL images too
+    """Convert images to tokens with torchvision. The options are those of `ImageGPTImageProcessorPil`.
 
-    def __new__(cls, *args, **kwargs):
+    If torchvision is not installed, creating one gives an `ImageGPTImageProcessorPil` and a warning.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if InstalledProcessor is ImageGPTImageProcessor:
             return super().__new__(cls)
         logger.warning_once(
@@ -325,51 +352,62 @@ class ImageGPTImageProcessor(_ColorQuantization, TorchvisionBackend):
         return InstalledProcessor(*args, **kwargs)
 
 
-class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):
+class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):  # type: ignore[misc]  # ours take PIL images too
     """Convert images to tokens with PIL.
 
-    Call it on one image or a list, of any size: PIL images of any mode, numpy or torch arrays (H, W, C) or (C, H, W),
-    paths or URLs. Returns `input_ids` (B, N) int64, N = height·width in raster order, values 0..K-1. Transparency is
-    composited onto white; 16-bit images are scaled to 8 bits.
+    Call it with one image or a list of images of any size: PIL images of any mode, numpy or torch arrays (H, W, C) or
+    (C, H, W), paths or URLs. Returns `input_ids` (B, N) int64, N = height·width in raster order, values 0..K-1.
+    Transparency is composited onto white; 16-bit images are scaled to 8 bits.
 
     clusters: the palette, (K, 3) RGB colours in [-1, 1]. size: the token grid, 32x32 by default. do_center_crop: crop
-    the largest central square before resizing, so that photos are not squashed (False by default, as in transformers).
-    The other options are those of transformers' own ImageGPT processors. Errors are ValueErrors: a palette of wrong
-    shape or range, an empty or unreadable image (its index or path).
+    the largest central square before resizing, so that photos keep their proportions (False by default, as in
+    transformers). The other options are those of transformers' own ImageGPT processors. A palette of the wrong shape or
+    range, and an empty or unreadable image (named by index or path), are a ValueError.
     """
 
-    def process_image(
+    def process_image(  # type: ignore[override]  # PIL images too
         self,
         image: AnyImage,
         do_convert_rgb: bool | None = None,
         input_data_format: ChannelDimension | str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> AnyImage:
-        """Convert one image to RGB of 8 bits: PIL images stay PIL images, which are quantised without further copies."""
+        """Convert one image to 8-bit RGB. PIL images stay PIL images, which are quantised without further copies."""
         if not do_convert_rgb:
             return super().process_image(image, do_convert_rgb, input_data_format, **kwargs)
         image = convert_to_rgb(reduce_depth(image), input_data_format)
         return image.numpy() if torch.is_tensor(image) else image
 
-    def resize(
-        self, image: AnyImage, size: SizeDict, resample: PILImageResampling | int | None = None, **kwargs
+    def resize(  # type: ignore[override]  # PIL images too
+        self, image: AnyImage, size: SizeDict, resample: PILImageResampling | int | None = None, **kwargs: Any
     ) -> AnyImage:
         """Resize a PIL image or an array (C, H, W). Every 8-bit RGB image becomes a PIL image if its size changes."""
-        is_pil = isinstance(image, Image.Image)
-        shape = (size.height, size.width)
-        if is_eight_bit(image) and shape == (image.size[::-1] if is_pil else image.shape[1:]):
+        if isinstance(image, Image.Image):
+            shape, is_rgb = image.size[::-1], True
+        else:
+            shape, is_rgb = tuple(image.shape[1:]), is_eight_bit(image) and len(image) == 3
+        if is_eight_bit(image) and shape == (size.height, size.width):
             return image
-        if all(shape) and resample in _FILTERS and (is_pil or (is_eight_bit(image) and len(image) == 3)):
-            return to_rgb_image(image, ChannelDimension.FIRST).resize(shape[::-1], resample)
-        return super().resize(to_channels_first(image), size, resample, **kwargs)
+        if size.height and size.width and is_rgb and resample in _FILTERS:
+            return to_rgb_image(image, ChannelDimension.FIRST).resize((size.width, size.height), resample)
+        array: Any = to_channels_first(image)
+        return super().resize(array, size, resample, **kwargs)  # type: ignore[arg-type]  # filters given as int
 
 
-# What AutoImageProcessor picks; that class itself needs torchvision before transformers 5.2x.
+# The class that AutoImageProcessor chooses; before transformers 5.2x, AutoImageProcessor itself needs torchvision.
 InstalledProcessor = ImageGPTImageProcessor if is_torchvision_available() else ImageGPTImageProcessorPil
 
+AnyImageProcessor: TypeAlias = ImageGPTImageProcessor | ImageGPTImageProcessorPil
 
-def _normalizes_to_palette_range(do_rescale, rescale_factor, do_normalize, image_mean, image_std) -> bool:
-    """Whether the options map grey levels 0..255 to [-1, 1], the palette's scale, so that 8-bit colours are looked up."""
+
+def _normalizes_to_palette_range(
+    do_rescale: bool,
+    rescale_factor: float,
+    do_normalize: bool,
+    image_mean: float | Sequence[float],
+    image_std: float | Sequence[float],
+) -> bool:
+    """Whether the options map grey levels 0..255 to the palette's scale, [-1, 1], so that 8-bit colours can be looked up."""
     return bool(
         (do_rescale and do_normalize and abs(rescale_factor * 255 - 1) < 1e-12)
         and all(
@@ -380,29 +418,32 @@ def _normalizes_to_palette_range(do_rescale, rescale_factor, do_normalize, image
 
 
 def _looks_rescaled(image: AnyImage) -> bool:
-    """Whether the floats of an array look like grey levels 0..255 that were divided by 255 before."""
-    return bool(is_floating(image) and image.min() >= 0 and 0 < image.max() <= 1)
+    """Whether an array of floats seems to hold grey levels that were already divided by 255."""
+    if isinstance(image, Image.Image) or not is_floating(image):
+        return False
+    return bool(image.min() >= 0 and 0 < image.max() <= 1)
 
 
-def _quantize_images(images: list[AnyImage], clusters) -> np.ndarray | list[np.ndarray]:
+def _quantize_images(images: list[AnyImage], clusters: np.ndarray) -> np.ndarray | list[np.ndarray]:
     """Return the tokens of RGB images, each PIL or an array (3, H, W): (B, N) int64, or a list of (N,) if N differs.
 
     Arrays hold grey levels if they are uint8, and colours on the palette's scale otherwise.
     """
-    if all(isinstance(image, Image.Image) and image.size == images[0].size for image in images):
-        return nearest_color_of_codes(_pack_colors(images), clusters).reshape(len(images), -1)
+    pil_images = [image for image in images if isinstance(image, Image.Image)]
+    if len(pil_images) == len(images) and len({image.size for image in pil_images}) == 1:
+        return nearest_color_of_codes(_pack_colors(pil_images), clusters).reshape(len(images), -1)
     arrays = [to_pixels(image) for image in images]
     if len({(array.shape, array.dtype) for array in arrays}) == 1:
         arrays = [np.concatenate(arrays)]  # one look-up is faster
     if any(array.dtype != np.uint8 for array in arrays):
-        clusters = check_palette(clusters)  # the look-up table's palette is checked already
+        clusters = check_palette(clusters)  # the look-up table checks its own palette
     tokens = [nearest_color(array, clusters).reshape(-1) for array in arrays]
     same_length = len({len(row) for row in tokens}) == 1
     return np.concatenate(tokens).reshape(len(images), -1) if same_length else tokens
 
 
 def _pack_colors(images: list[Image.Image]) -> np.ndarray:
-    """Pack the colours of RGB images of one size into one number each, R << 16 | G << 8 | B: uint32 (B·H·W,).
+    """Pack each colour of RGB images of one size into a number, R << 16 | G << 8 | B: uint32 (B·H·W,).
 
     The images are pasted into one tall image first, because converting each to numpy is slow.
     """

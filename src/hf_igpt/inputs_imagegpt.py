@@ -1,4 +1,4 @@
-"""What the model is fed: tokens, checked before any work is done, and the one shift between inputs and targets."""
+"""The model's inputs: tokens, which are checked before any work is done, and the one shift between inputs and targets."""
 
 import torch
 from torch import nn
@@ -11,14 +11,17 @@ IGNORE_INDEX = -100  # a label that is not scored
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """Whether the values can be read: not while compiling, exporting or tracing, on the meta device or inside `vmap`."""
-    if torch.compiler.is_compiling():  # before what compilers cannot follow
+    """Whether values can be read: not while compiling, exporting or tracing, on the meta device or inside `vmap`."""
+    if torch.compiler.is_compiling():  # first, because compilers cannot follow the rest
         return False
     return not (is_tracing(tensor) or tensor.is_meta or torch.func.debug_unwrap(tensor) is not tensor)
 
 
 def check_tokens(tokens: torch.Tensor, limit: int, name: str, config: ImageGPTConfig, ignore: bool = False) -> None:
-    """ValueError unless all `tokens` (B, T) are integers in 0..limit-1 (or −100, with `ignore`); unread without values."""
+    """Raise ValueError unless all `tokens` (B, T) are integers in 0..limit-1, or −100 if `ignore` is set.
+
+    name: the argument's name, for the message. Tensors whose values cannot be read (`has_values`) pass.
+    """
     if tokens.is_floating_point() or tokens.ndim != 2:
         raise ValueError(
             f"`{name}` are integer tokens of shape (B, T); found {tokens.dtype} of shape {tuple(tokens.shape)}. "
@@ -33,10 +36,10 @@ def check_tokens(tokens: torch.Tensor, limit: int, name: str, config: ImageGPTCo
         found = int(tokens[bad][0])
         raise ValueError(
             f"`{name}` hold the token {found}; allowed are 0..{limit - 1}. The model has K = {config.vocab_size - 1} colours "
-            f"(SOS is {config.sos_token_id}, an input only): use the image processor it was trained with."
+            f"(SOS, {config.sos_token_id}, is only an input): use the image processor that it was trained with."
         )
 
 
-def shift_right(tokens: torch.LongTensor, sos_token_id: int) -> torch.LongTensor:
-    """(B, N) pixels -> [SOS, x_0 … x_{N-2}], the inputs from which they are predicted [code src/model.py]."""
+def shift_right(tokens: torch.Tensor, sos_token_id: int) -> torch.Tensor:
+    """Turn pixels (B, N) into the inputs from which they are predicted, [SOS, x_0 … x_{N-2}] (B, N) [code src/model.py]."""
     return nn.functional.pad(tokens[:, :-1], (1, 0), value=sos_token_id)

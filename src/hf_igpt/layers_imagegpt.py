@@ -1,13 +1,13 @@
-"""The layers that a block is made of: `ImageGPTProjection`, `ImageGPTLayerNorm`, `QuickGELU`, and how their weights start.
+"""The layers of a block, and their initialisation: `ImageGPTProjection`, `ImageGPTLayerNorm`, `QuickGELU`.
 
-What training keeps for the backward pass is what PyTorch keeps for these modules, and nothing is recomputed. Per block and
-token of width D: the input of each norm (2 D) and its output, which is the input of a projection (2 D), queries, keys, values
-and attention's output (4 D), the scaled input of the activation (4 D) and its output (4 D); 16 widths in all. On CPUs, PyTorch's
-norms keep 2 more.
+Training keeps for the backward pass what PyTorch keeps for these modules, and recomputes nothing. For each block and token
+these are, in units of the width D: the input of each norm (2), its output, which is the input of a projection (2), queries,
+keys, values and attention's output (4), the scaled input of the activation (4) and its output (4); 16 in all. PyTorch's norms
+keep 2 more on CPUs.
 
-`--gradient_checkpointing` (`model.gradient_checkpointing_enable()`) keeps the input of each block alone, 1 width, and computes
-the block a second time in the backward pass. A training step of 8 blocks of width 256 on 4 images of 1,024 tokens, float32,
-two CPU cores, all measured in one run; memory is the peak beyond weights and gradients:
+`--gradient_checkpointing` (`model.gradient_checkpointing_enable()`) keeps only the input of each block (1) and recomputes the
+block in the backward pass. Measured in one run, for a training step with 8 blocks of width 256 and 4 images of 1,024 tokens in
+float32 on two CPU cores; memory is the peak in addition to weights and gradients:
 
     transformers' own ImageGPT                   1284 MiB   1.00   3.23 s
     x · sigmoid(1.702 x) as written               741 MiB   0.58   1.25 s
@@ -25,15 +25,15 @@ from .configuration_imagegpt import ImageGPTConfig
 
 
 def set_initial_std(layer: nn.Module, std: float) -> None:
-    """Note on `layer` the standard deviation of its initial weight, which the model's `_init_weights` draws."""
-    layer.init_std = std
+    """Record on `layer` the standard deviation of its initial weight, for the model's `_init_weights` to draw."""
+    layer.init_std = std  # type: ignore[assignment]  # nn.Module declares tensors and modules only
 
 
-def initial_std(config: ImageGPTConfig, openai: float, residual: bool = False) -> float:
-    """The standard deviation of an initial weight: `openai`, or transformers' value if the config asks for that.
+def choose_initial_std(config: ImageGPTConfig, openai: float, residual: bool = False) -> float:
+    """Return the standard deviation of an initial weight: `openai`, or transformers' value if `config` says so.
 
-    residual: the layer writes into the residual stream. transformers scales both such layers of a block by 1/sqrt(2L);
-    OpenAI's code scales attention's only, which is part of `openai`.
+    residual: whether the layer writes into the residual stream. transformers scales both such layers of a block by
+    1/sqrt(2L); OpenAI's code scales only attention's, and `openai` includes that factor.
     """
     if config.initialization == "openai":
         return openai
@@ -41,19 +41,19 @@ def initial_std(config: ImageGPTConfig, openai: float, residual: bool = False) -
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """`x` in float32, or unchanged if its type is larger."""
+    """Convert `x` to float32, unless its type is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ImageGPTProjection(Conv1D):
     """x -> x W + b with W stored [in, out]: (..., in) -> (..., out). Without trained biases, b is a saved buffer of zeros.
 
-    The buffer gives both kinds of model the same files: transformers' class, which has biases, reads the zeros, where a
-    missing key would leave uninitialised memory. The buffer is not added: FSDP with bfloat16 weights would need it in
-    another shape and type.
+    With the buffer, models with and without biases have the same files: transformers' class, which always has biases, reads
+    the zeros, whereas a missing key would leave its memory uninitialised. The buffer is not added, because FSDP with
+    bfloat16 weights would need it in another shape and type.
     """
 
-    def __init__(self, config: ImageGPTConfig, n_out: int, n_in: int, std: float):
+    def __init__(self, config: ImageGPTConfig, n_out: int, n_in: int, std: float) -> None:
         super().__init__(n_out, n_in)
         self.in_features = n_in
         self.use_bias = config.use_bias
@@ -69,10 +69,10 @@ class ImageGPTProjection(Conv1D):
 class ImageGPTLayerNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension: no mean subtraction, no bias [code norm].
 
-    PyTorch computes it in float32 if the input has a smaller type: squares of float16 overflow beyond 256.
+    PyTorch computes it in float32 if the input has a narrower type: the square of a float16 above 256 overflows.
     """
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
@@ -84,7 +84,7 @@ class ImageGPTLayerNorm(nn.Module):
 class QuickGELU(nn.Module):
     """x · sigmoid(1.702 x) [code gelu], computed as silu(1.702 x) / 1.702: autograd keeps one tensor instead of two.
 
-    Three roundings in the type of x; in float16, |x| beyond 38,490 overflows.
+    It rounds three times in the type of x. In float16, |x| > 38,490 overflows.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,14 @@
-"""The Image GPT transformer: `ImageGPTModel`, and with heads `ImageGPTForCausalImageModeling`,
+"""The Image GPT transformer, `ImageGPTModel`, and the models with a head: `ImageGPTForCausalImageModeling`,
 `ImageGPTForMaskedImageModeling` and `ImageGPTForImageClassification`.
 
 Follows OpenAI's code (src/model.py): pre-norm blocks of attention and MLP around a residual stream, norms without mean
-subtraction, untied token matrices. Names, shapes and layouts of the weights are those of transformers' ImageGPT.
-Shape letters: B images, N pixels = tokens of an image, T tokens of an input, K colours, D width.
+subtraction, untied token matrices. The weights have the names, shapes and layouts of transformers' ImageGPT.
+Shape letters: B images, N pixels, which are the tokens of an image, T tokens of an input, K colours, D width.
 """
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -38,11 +38,13 @@ from .layers_imagegpt import (
     ImageGPTProjection,
     QuickGELU,
     at_least_float32,
-    initial_std,
+    choose_initial_std,
     set_initial_std,
 )
 from .presets import INIT_EMBEDDING_STD, INIT_MLP_STD, INIT_POSITION_STD, MASK_PROBABILITY
 
+
+AnyImageGPT = TypeVar("AnyImageGPT", bound="ImageGPTPreTrainedModel")
 
 logger = logging.get_logger(__name__)
 
@@ -60,7 +62,10 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q kᵀ · scaling + mask) v with all weights materialised; softmax in float32 at least. q, k, v: (B, heads, T, D/heads)."""
+    """Compute softmax(q kᵀ · scaling + mask) v with all weights materialised, the softmax in at least float32.
+
+    query, key, value: (B, heads, T, D/heads). Returns the output (B, T, heads, D/heads) and the weights (B, heads, T, T).
+    """
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -70,7 +75,9 @@ def eager_attention_forward(
 
 
 class ImageGPTAttention(nn.Module):
-    def __init__(self, config: ImageGPTConfig, layer_idx: int):
+    """Multi-head self-attention, with one projection to queries, keys and values."""
+
+    def __init__(self, config: ImageGPTConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -80,8 +87,8 @@ class ImageGPTAttention(nn.Module):
             self.scaling /= layer_idx + 1
         self.is_causal = True
         d = config.n_embd
-        self.c_attn = ImageGPTProjection(config, 3 * d, d, initial_std(config, d**-0.5))
-        std = initial_std(config, (d * config.n_layer) ** -0.5, residual=True)
+        self.c_attn = ImageGPTProjection(config, 3 * d, d, choose_initial_std(config, d**-0.5))
+        std = choose_initial_std(config, (d * config.n_layer) ** -0.5, residual=True)
         self.c_proj = ImageGPTProjection(config, d, d, std)
         self.attn_dropout = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
@@ -108,11 +115,13 @@ class ImageGPTAttention(nn.Module):
 
 
 class ImageGPTMLP(nn.Module):
-    def __init__(self, config: ImageGPTConfig):
+    """Two projections with an activation between them, of width 4 D unless the config says otherwise."""
+
+    def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__()
         n_inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
-        self.c_fc = ImageGPTProjection(config, n_inner, config.n_embd, initial_std(config, INIT_MLP_STD))
-        std = initial_std(config, INIT_MLP_STD, residual=True)
+        self.c_fc = ImageGPTProjection(config, n_inner, config.n_embd, choose_initial_std(config, INIT_MLP_STD))
+        std = choose_initial_std(config, INIT_MLP_STD, residual=True)
         self.c_proj = ImageGPTProjection(config, config.n_embd, n_inner, std)
         self.act = QuickGELU() if config.activation_function == "quick_gelu" else ACT2FN[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
@@ -122,7 +131,9 @@ class ImageGPTMLP(nn.Module):
 
 
 class ImageGPTBlock(GradientCheckpointingLayer):
-    def __init__(self, config: ImageGPTConfig, layer_idx: int):
+    """A pre-norm residual block: attention, then an MLP [V2 2.2]."""
+
+    def __init__(self, config: ImageGPTConfig, layer_idx: int) -> None:
         super().__init__()
         self.ln_1 = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.attn = ImageGPTAttention(config, layer_idx)
@@ -130,7 +141,7 @@ class ImageGPTBlock(GradientCheckpointingLayer):
         self.mlp = ImageGPTMLP(config)
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D); `kwargs` are attention's."""
+        """(B, T, D) -> (B, T, D); `kwargs` are passed to attention."""
         x = x + self.attn(self.ln_1(x), **kwargs)[0]
         return x + self.mlp(self.ln_2(x))
 
@@ -139,12 +150,12 @@ class ImageGPTBlock(GradientCheckpointingLayer):
 
 
 class ImageGPTPreTrainedModel(PreTrainedModel):
-    """Loading, saving, attention choice and initialisation of all Image GPT classes."""
+    """Loading, saving, the choice of attention and initialisation, for all Image GPT classes."""
 
     config: ImageGPTConfig
     config_class = ImageGPTConfig
     base_model_prefix = "transformer"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # a tuple in transformers' own models too
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ImageGPTBlock"]
@@ -158,12 +169,13 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
         "hidden_states": ImageGPTBlock,
         "attentions": OutputRecorder(ImageGPTAttention, index=1, layer_name=".attn"),
     }
-    # Causal masks that old transformers versions saved in every block, and heads that a class has no use for: a converted
+    # Causal masks, which old versions of transformers saved in every block, and the heads of other classes: a converted
     # checkpoint holds both.
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$", r"^lm_head\.", r"^score\."]
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any):
+    def from_pretrained(cls: type[AnyImageGPT], *args: Any, **kwargs: Any) -> AnyImageGPT:
+        """Load a model as transformers does. Trained biases that `use_bias=False` would drop are a ValueError."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         for name, module in model.named_modules():
@@ -174,15 +186,15 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
         return loaded
 
     def _refuse_flex_attention(self) -> None:
-        """Called before a static cache is used: with transformers 5.23 its logits are wrong, those of its own models too."""
+        """Raise ValueError for FlexAttention with a static cache: transformers 5.23 gives wrong logits, as for its own models."""
         if self.config._attn_implementation == "flex_attention":
             raise ValueError('A static cache does not work with flex_attention: use attn_implementation="sdpa".')
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Each layer carries its own standard deviation, because transformers does not call this for modules that hold no
-        # parameter themselves, so a parent cannot draw its children's weights. Layers of others have none: resized
-        # embeddings, for example.
+        # Each layer carries its own standard deviation, because transformers does not call this for modules without
+        # parameters of their own, so a parent cannot draw its children's weights. Layers that transformers makes, such as
+        # resized embeddings, have none.
         if isinstance(module, ImageGPTLayerNorm):
             init.ones_(module.weight)
         elif isinstance(module, (ImageGPTProjection, nn.Linear, nn.Embedding)):
@@ -194,12 +206,12 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
 class ImageGPTModel(ImageGPTPreTrainedModel):
     """The transformer without a head: tokens (B, T) -> hidden states (B, T, D) after the final norm, T <= N."""
 
-    def __init__(self, config: ImageGPTConfig):
+    def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # row K is SOS
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        set_initial_std(self.wte, initial_std(config, INIT_EMBEDDING_STD))
-        set_initial_std(self.wpe, initial_std(config, INIT_POSITION_STD))
+        set_initial_std(self.wte, choose_initial_std(config, INIT_EMBEDDING_STD))
+        set_initial_std(self.wpe, choose_initial_std(config, INIT_POSITION_STD))
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([ImageGPTBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
         self.ln_f = ImageGPTLayerNorm(config.n_embd, config.layer_norm_epsilon)
@@ -209,47 +221,47 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]  # no other module will do
         self.wte = value
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        bool_masked_pos: torch.BoolTensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """The plain forward, nothing shifted: `input_ids` (B, T), tokens 0..K, or `inputs_embeds` (B, T, D) instead.
+        """Run the plain forward pass, without a shift, on `input_ids` (B, T), tokens 0..K, or `inputs_embeds` (B, T, D).
 
-        bool_masked_pos: (B, T), for masked models: True where a pixel's embedding is zeroed and its position kept
-        [code bert]. `hidden_states` (with `output_hidden_states=True`) are the input of each block, and last the output of
-        `ln_f`. A token out of range, or more tokens than n_positions, is a ValueError.
+        bool_masked_pos: (B, T), for masked models; where it is True, the pixel's embedding is zeroed and its position kept
+        [code bert]. `hidden_states` (with `output_hidden_states=True`) are the inputs of all blocks, followed by the output
+        of `ln_f`. A token out of range, or more tokens than n_positions, is a ValueError.
         """
         if "pixel_values" in kwargs:
-            raise ValueError("Image GPT reads tokens: pass `input_ids` as its image processor returns them.")
-        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Image GPT reads tokens: pass the `input_ids` that its image processor returns.")
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("Pass either `input_ids` or `inputs_embeds`, and not both.")
         for name in ("output_attentions", "output_hidden_states"):
-            kwargs.pop(name, None)  # the decorator has recorded them
+            kwargs.pop(name, None)  # the decorator has already read them
         if self.config.objective == "masked":
-            use_cache = False  # every position sees every other: there is no past
+            use_cache = False  # every position attends to all others, so there is no past
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if getattr(past_key_values, "is_compileable", False):
             self._refuse_flex_attention()
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        inputs = input_ids if input_ids is not None else inputs_embeds
         self._check_length(inputs.shape, seen, position_ids)
         if inputs_embeds is None:
-            check_tokens(input_ids, self.config.vocab_size, "input_ids", self.config)
-            inputs_embeds = self.wte(input_ids)
+            check_tokens(inputs, self.config.vocab_size, "input_ids", self.config)
+            inputs_embeds = self.wte(inputs)
         if bool_masked_pos is not None:
             self._check_mask(bool_masked_pos, inputs.shape[:2])
             inputs_embeds = inputs_embeds * ~bool_masked_pos[..., None]
@@ -273,7 +285,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             last_hidden_state=self.ln_f(hidden), past_key_values=past_key_values if use_cache else None
         )
 
-    def _check_mask(self, bool_masked_pos: torch.BoolTensor, shape: torch.Size) -> None:
+    def _check_mask(self, bool_masked_pos: torch.Tensor, shape: torch.Size) -> None:
         if self.config.objective != "masked":
             raise ValueError("`bool_masked_pos` is for masked models; this one is causal.")
         if bool_masked_pos.dtype != torch.bool or bool_masked_pos.shape != shape:
@@ -282,7 +294,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
                 f"shape {tuple(bool_masked_pos.shape)}."
             )
 
-    def _check_length(self, shape: torch.Size, seen: int, position_ids: torch.LongTensor | None) -> None:
+    def _check_length(self, shape: torch.Size, seen: int, position_ids: torch.Tensor | None) -> None:
         if len(shape) < 2 or (len(shape) == 2 and shape[1] == 0):
             raise ValueError(f"Tokens have shape (B, T), T >= 1; found {tuple(shape)}.")
         if torch.compiler.is_compiling():
@@ -299,22 +311,22 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
 
 
 class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
-    """Autoregressive image model: at position i, logits over the K colours of pixel i given SOS and the pixels before.
+    """Autoregressive image model: logits at position i are for the K colours of pixel i, given SOS and the pixels before it.
 
-    `model(labels=tokens)` is the training call: it feeds [SOS, x_0 … x_{N-2}] and scores all N pixels; `loss` is in
-    nats per pixel [code gen_loss]. `model(input_ids=...)` is the plain forward. With both, transformers' contract holds:
-    logits at i are scored against labels at i + 1.
+    `model(labels=tokens)` is the training call: the inputs are [SOS, x_0 … x_{N-2}], all N pixels are scored, and `loss` is
+    in nats per pixel [code gen_loss]. `model(input_ids=...)` is the plain forward pass. With both, transformers' contract
+    holds: logits at i are scored against labels at i + 1. Weights of a masked model are a ValueError.
     """
 
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def __init__(self, config: ImageGPTConfig):
+    def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
         _check_objective(self, config, "causal")
         self.transformer = ImageGPTModel(config)
         self.lm_head = _color_head(config)
         if config.bos_token_id is not None:
-            # The paper's sampling [code run.py sample], for plain transformers too, whose default is top_k = 50.
+            # The paper's sampling [code run.py sample], in plain transformers too, whose default is top_k = 50.
             self.generation_config = GenerationConfig(
                 bos_token_id=config.bos_token_id,
                 max_length=config.n_positions + 1,
@@ -328,24 +340,24 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Returns `logits` (B, T, K) and, given labels, `loss` in nats per pixel.
+        """Return `logits` (B, T, K) and, if labels are given, `loss` in nats per pixel.
 
-        labels: (B, N) colours in 0..K-1. −100 is not scored, and needs `input_ids` too. num_items_in_batch: the divisor of
-        the summed loss, instead of the number of scored pixels (`Trainer`'s count over accumulated steps and processes).
-        logits_to_keep: compute logits for this many last positions only (0: all), or for the positions in a tensor;
-        ignored if labels are given.
+        labels: (B, N) colours in 0..K-1. −100 marks pixels that are not scored, and requires `input_ids`.
+        num_items_in_batch: the divisor of the summed loss, instead of the number of scored pixels (`Trainer`'s count over
+        accumulated steps and processes). logits_to_keep: compute logits only for this many last positions (0: all), or for
+        the positions in a tensor; ignored if labels are given. A token or label out of range is a ValueError.
         """
         labels_alone = labels is not None and input_ids is None and inputs_embeds is None
         if labels is not None:
@@ -355,7 +367,7 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             if labels_alone:
                 if has_values(labels) and (labels == IGNORE_INDEX).any():
                     raise ValueError(
-                        "`labels` with −100 do not say which pixels are fed: pass `input_ids` (SOS first) with them."
+                        "`labels` with −100 do not determine the inputs: pass `input_ids` (SOS first) with them."
                     )
                 input_ids = shift_right(labels, self.config.sos_token_id)
                 use_cache = bool(use_cache)
@@ -391,17 +403,18 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _starts_with_sos(self, input_ids: torch.LongTensor) -> bool:
+    def _starts_with_sos(self, input_ids: torch.Tensor) -> bool:
         return bool((input_ids[:, :1] == self.config.sos_token_id).all())
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  # the other arguments are in `kwargs`
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
-    ) -> GenerateOutput | torch.LongTensor:
-        """Tokens (B, 1 + N), SOS first: whole images by default, or continuations of `inputs` (B, T), SOS first.
+    ) -> GenerateOutput | torch.Tensor:
+        """Return tokens (B, 1 + N), SOS first: whole images by default, or continuations of `inputs` (B, T), SOS first.
 
-        As `GenerationMixin.generate`, except that SOS and the full length are supplied if neither the arguments nor the
-        checkpoint give them, and that a length over SOS + N is a ValueError before the first step. SOS is never sampled.
+        Works as `GenerationMixin.generate`, except that SOS and the full length are supplied if neither the arguments nor
+        the checkpoint give them, and that a length over SOS + N is a ValueError before the first step. SOS is never
+        sampled.
         """
         if generation_config is not None:
             generation_config = copy.deepcopy(generation_config)
@@ -433,20 +446,20 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             length = given("max_length")
         if length > whole:
             raise ValueError(
-                f"{length} tokens were asked for; SOS and the {whole - 1} pixels of an image make {whole}. "
+                f"{length} tokens were requested; SOS and the {whole - 1} pixels of an image make {whole}. "
                 "Lower max_length or max_new_tokens, or leave them out for whole images."
             )
         if prompt is not None and prompt.ndim == 2 and not self._starts_with_sos(prompt):
             logger.warning_once(
-                f"The prompt does not start with SOS ({self.config.sos_token_id}): every pixel stands one position "
-                "before the one it was trained at."
+                f"The prompt does not start with SOS ({self.config.sos_token_id}): every pixel is one position earlier "
+                "than in training."
             )
-        output = super().generate(inputs, generation_config=generation_config, **kwargs)
+        output = super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]  # its `self`
         if not torch.is_tensor(output):
             remove_room(output.past_key_values)
         return output
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]  # annotated as bool there, but returns nothing
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
@@ -454,9 +467,9 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        # The dynamic cache that transformers makes, with room for the keys and values of all tokens to come.
+        # The dynamic cache that transformers makes, with room for the keys and values of all remaining tokens.
         given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(
+        super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self`
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         beams = (generation_config.num_beams or 1) > 1  # reordering copies everything anyway
@@ -465,16 +478,16 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
 
 
 class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
-    """BERT-style image model: logits over the K colours of every pixel, given all pixels that are not masked.
+    """BERT-style image model: logits for the K colours of every pixel, given all pixels that are not masked.
 
-    `model(labels=tokens, bool_masked_pos=mask)` is the training call. `loss` is the mean over images of the mean over
-    each image's masked pixels, in nats per pixel [code bert]; an image without a masked pixel counts as 0. The weights
-    were trained with the masked objective (`config.objective`): bidirectional attention, no SOS, no shift.
+    `model(labels=tokens, bool_masked_pos=mask)` is the training call. `loss` averages the masked pixels of each image, then
+    the images, in nats per pixel [code bert]; an image without a masked pixel counts as 0. The masked objective
+    (`config.objective`) has bidirectional attention, no SOS and no shift. Weights of a causal model are a ValueError.
     """
 
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def __init__(self, config: ImageGPTConfig):
+    def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
         _check_objective(self, config, "masked")
         self.transformer = ImageGPTModel(config)
@@ -484,28 +497,29 @@ class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        bool_masked_pos: torch.BoolTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        """Returns `logits` (B, N, K) and, given labels, `loss` in nats per masked pixel.
+        """Return `logits` (B, N, K) and, if labels are given, `loss` in nats per masked pixel.
 
-        bool_masked_pos: (B, N), True where a pixel is hidden and scored; `random_mask` draws one. labels: (B, N) colours
+        bool_masked_pos: (B, N), True where a pixel is hidden and scored; `draw_mask` draws one. labels: (B, N) colours
         in 0..K-1, which are also the inputs if none are given. num_items_in_batch: `Trainer`'s count of labels, N per
-        image, over accumulated steps and processes; the loss is then the sum of the images' means over that many images.
+        image, over accumulated steps and processes; the loss is then the sum of the images' means divided by that number
+        of images. A token or label out of range is a ValueError.
         """
         if labels is not None:
             check_tokens(labels, self.config.vocab_size - 1, "labels", self.config)
             labels = labels.long()
             if bool_masked_pos is None:
                 raise ValueError(
-                    "`labels` are scored where pixels are masked: pass `bool_masked_pos` (see `random_mask`)."
+                    "`labels` are scored where pixels are masked: pass `bool_masked_pos` (see `draw_mask`)."
                 )
             if input_ids is None and inputs_embeds is None:
                 input_ids = labels
@@ -521,7 +535,7 @@ class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
         )
         logits = self.lm_head(outputs.last_hidden_state)  # (B, N, K)
         loss = None
-        if labels is not None:
+        if labels is not None and bool_masked_pos is not None:
             n_images = None if num_items_in_batch is None else num_items_in_batch / labels.shape[1]
             loss = _mean(masked_nats(logits, labels, bool_masked_pos), n_images)
         return MaskedLMOutput(
@@ -531,54 +545,54 @@ class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
 
 @dataclass
 class ImageGPTClassifierOutput(SequenceClassifierOutputWithPast):
-    """A classifier's output, with the parts of a joint loss: `classification_loss` in nats per image, `generative_loss` in
-    nats per pixel, and `generative_nats` (B,), each image's nats per pixel, whose mean is `generative_loss`.
+    """A classifier's output with the terms of the joint loss: `classification_loss` in nats per image, `generative_loss` in
+    nats per pixel, and `generative_nats` (B,), the nats per pixel of each image, whose mean is `generative_loss`.
     """
 
-    classification_loss: torch.FloatTensor | None = None
-    generative_loss: torch.FloatTensor | None = None
-    generative_nats: torch.FloatTensor | None = None
+    classification_loss: torch.Tensor | None = None
+    generative_loss: torch.Tensor | None = None
+    generative_nats: torch.Tensor | None = None
 
 
 class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
-    """Classes from the mean over positions of `ln_f`'s output, by a linear layer without bias [code src/model.py clf].
+    """Image classifier: `ln_f`'s output, averaged over positions, and a linear layer without bias [code src/model.py clf].
 
     `input_ids` (or `inputs_embeds`) are the N pixels of each image. With `config.sos_inputs` they are shifted, as in
-    pretraining and in OpenAI's code; otherwise they are fed as they are, as in transformers. Masked models are fed them
-    as they are, with the pixels of `bool_masked_pos` hidden. With `config.generative_loss_weight` > 0 the model keeps
-    its colour head, and `loss` is L_CLF + weight · L_GEN [V2 2.3].
+    pretraining and in OpenAI's code; otherwise the model reads them unshifted, as in transformers. Masked models read them
+    unshifted, with the pixels in `bool_masked_pos` hidden. With `config.generative_loss_weight` > 0 the model keeps its
+    colour head, and `loss` is L_CLF + weight · L_GEN [V2 2.3].
     """
 
-    def __init__(self, config: ImageGPTConfig):
+    def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]  # never None once the config is made
         self.transformer = ImageGPTModel(config)
-        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
-        set_initial_std(self.score, initial_std(config, 0.0))  # zero logits [V2 3.3]
+        self.score = nn.Linear(config.n_embd, self.num_labels, bias=False)
+        set_initial_std(self.score, choose_initial_std(config, 0.0))  # zero logits [V2 3.3]
         self.lm_head = _color_head(config) if config.generative_loss_weight else None
         self.post_init()
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        bool_masked_pos: torch.BoolTensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> ImageGPTClassifierOutput:
-        """Returns `logits` (B, classes) and, given labels (B,), `loss`: mean cross-entropy in nats.
+        """Return `logits` (B, classes) and, if labels (B,) are given, `loss`, the mean cross-entropy in nats.
 
-        num_items_in_batch: the divisor of the summed loss instead, `Trainer`'s count over accumulated steps and processes.
-        Regression and multi-label problems (`config.problem_type`) have transformers' losses. Each image's part of
-        L_GEN is the mean over its pixels: all N for a causal model fed SOS, all but the first for one fed raw pixels, the
-        masked ones for a masked model.
+        num_items_in_batch: the divisor of the summed loss, instead of B (`Trainer`'s count over accumulated steps and
+        processes). Regression and multi-label problems (`config.problem_type`) have transformers' losses. L_GEN averages
+        over the pixels of each image: all N for a causal model with `sos_inputs`, all but the first without, and the masked
+        ones for a masked model. A token or label out of range is a ValueError.
         """
         joint = labels is not None and self.lm_head is not None
         if joint and input_ids is None:
@@ -589,7 +603,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         if input_ids is not None and (self.config.sos_inputs or joint):
             check_tokens(input_ids, self.config.vocab_size - 1, "input_ids", self.config)
         if self.config.sos_inputs and input_ids is not None:
-            input_ids = shift_right(pixels, self.config.sos_token_id)
+            input_ids = shift_right(input_ids, self.config.sos_token_id)
         elif self.config.sos_inputs and inputs_embeds is not None:
             sos = torch.full(inputs_embeds[:, :1, 0].shape, self.config.sos_token_id, device=inputs_embeds.device)
             inputs_embeds = torch.cat([self.transformer.wte(sos).to(inputs_embeds), inputs_embeds[:, :-1]], dim=1)
@@ -600,7 +614,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=bool(use_cache),  # whole images: nothing comes after them
+            use_cache=bool(use_cache),  # off by default: nothing follows a whole image
             bool_masked_pos=bool_masked_pos,
             **kwargs,
         )
@@ -609,12 +623,12 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         loss = classification_loss = generative_loss = nats = None
         if labels is not None:
             loss = self._classification_loss(logits, labels, num_items_in_batch)
-        if joint:
-            classification_loss = loss
-            nats = self._generative_nats(self.lm_head(hidden), pixels.long(), bool_masked_pos)  # (B,)
-            n_images = None if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
-            generative_loss = _mean(nats, n_images)
-            loss = classification_loss + self.config.generative_loss_weight * generative_loss
+            if self.lm_head is not None and pixels is not None:
+                classification_loss = loss
+                nats = self._generative_nats(self.lm_head(hidden), pixels.long(), bool_masked_pos)  # (B,)
+                n_images = None if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
+                generative_loss = _mean(nats, n_images)
+                loss = classification_loss + self.config.generative_loss_weight * generative_loss
         return ImageGPTClassifierOutput(
             loss=loss,
             logits=logits,
@@ -639,11 +653,11 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         return loss
 
     def _generative_nats(
-        self, logits: torch.Tensor, pixels: torch.LongTensor, bool_masked_pos: torch.BoolTensor | None
+        self, logits: torch.Tensor, pixels: torch.Tensor, bool_masked_pos: torch.Tensor | None
     ) -> torch.Tensor:
-        if self.config.objective == "masked":
+        if bool_masked_pos is not None:  # of a masked model, which requires it
             return masked_nats(logits, pixels, bool_masked_pos)
-        if not self.config.sos_inputs:  # position i was fed pixel i: it predicts the next
+        if not self.config.sos_inputs:  # position i reads pixel i and predicts the next
             logits, pixels = logits[:, :-1], pixels[:, 1:]
         return pixel_nats(logits, pixels).mean(dim=1)
 
@@ -654,27 +668,27 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         if high >= self.num_labels or (low < 0 and low != IGNORE_INDEX):
             raise ValueError(
                 f"`labels` run from {low} to {high}; this model has {self.num_labels} classes, 0..{self.num_labels - 1}: "
-                "load it with num_labels= of your data."
+                "load it with your data's num_labels=."
             )
 
 
-def random_mask(
+def draw_mask(
     shape: tuple[int, ...], generator: torch.Generator | None = None, probability: float = MASK_PROBABILITY
-) -> torch.BoolTensor:
-    """Boolean mask of `shape` (B, N), True with `probability`, each pixel drawn independently [V2 2.1, code bert]."""
+) -> torch.Tensor:
+    """Draw a boolean mask of `shape` (B, N); each pixel is True with `probability`, independently [V2 2.1, code bert]."""
     return torch.rand(shape, generator=generator) < probability
 
 
 def _color_head(config: ImageGPTConfig) -> nn.Linear:
     head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False)
-    set_initial_std(head, initial_std(config, 0.0))  # zero logits [V2 3.3]
+    set_initial_std(head, choose_initial_std(config, 0.0))  # zero logits [V2 3.3]
     return head
 
 
 def _check_objective(model: ImageGPTPreTrainedModel, config: ImageGPTConfig, objective: str) -> None:
     if config.objective != objective:
         trained = {
-            "masked": "trained on masked pixels, seeing all others",
+            "masked": "trained on masked pixels given all others",
             "causal": "trained to predict each pixel from those before it",
         }
         raise ValueError(
@@ -687,29 +701,29 @@ def _check_objective(model: ImageGPTPreTrainedModel, config: ImageGPTConfig, obj
 
 
 def pixel_nats(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """−log p of each pixel: (B, N, K) logits, (B, N) tokens -> (B, N)."""
+    """Return −log p of each pixel in nats: logits (B, N, K), tokens (B, N) -> (B, N)."""
     return nn.functional.cross_entropy(at_least_float32(logits).transpose(1, 2), tokens, reduction="none")
 
 
-def masked_nats(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.BoolTensor) -> torch.Tensor:
-    """Mean −log p of each image's masked pixels, 0 if it has none: (B,)."""
+def masked_nats(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean −log p, in nats, of each image's masked pixels (B,), 0 for an image without any."""
     return (pixel_nats(logits, tokens) * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 def _mean(values: torch.Tensor, count: torch.Tensor | float | None = None) -> torch.Tensor:
-    """Mean of (B,) `values`, or their sum divided by `count`."""
+    """Return the mean of `values` (B,), or their sum divided by `count`."""
     return _divide(values.sum(), len(values) if count is None else count)
 
 
 def _divide(total: torch.Tensor, count: torch.Tensor | float) -> torch.Tensor:
-    """`total / count`, wherever `Trainer` keeps its count."""
+    """Return `total / count`, on the device of `total`: `Trainer` may keep its count elsewhere."""
     return total / (count.to(total.device) if torch.is_tensor(count) else count)
 
 
 def _cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Cross-entropy in nats of (n, K) logits against (n,) labels, per scored label or per `num_items_in_batch`."""
+    """Return the cross-entropy in nats of logits (n, K) and labels (n,), per scored label or per `num_items_in_batch`."""
     reduction = "mean" if num_items_in_batch is None else "sum"
     loss = nn.functional.cross_entropy(at_least_float32(logits), labels, ignore_index=IGNORE_INDEX, reduction=reduction)
     return loss if num_items_in_batch is None else _divide(loss, num_items_in_batch)

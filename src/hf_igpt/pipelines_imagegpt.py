@@ -1,32 +1,50 @@
 """`pipeline("image-completion")`, and `pipeline("image-feature-extraction")` with layers and pooling."""
 
-from transformers import ImageFeatureExtractionPipeline, Pipeline
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, ImageFeatureExtractionPipeline, Pipeline
 from transformers.image_utils import load_image
 
 from .features_imagegpt import check_layers, features_of_tokens
 from .generation_imagegpt import complete
-from .modeling_imagegpt import ImageGPTPreTrainedModel
+from .image_processing_imagegpt import AnyImageProcessor
+from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTPreTrainedModel
 
 
 class ImageCompletionPipeline(Pipeline):
-    """Keeps the upper rows of an image and draws the rest.
+    """Keep the upper rows of an image and draw the rest.
 
-    `complete("cat.png", rows=16, num_completions=3)` returns `num_completions` PIL images; a list of images (PIL, paths,
-    URLs) a list of such lists. rows: rows kept, in pixels of the model's images (default: half of them; 0: none). seed: makes
-    each batch's drawing repeatable and leaves torch's random state as it was. Other arguments (temperature, top_k, top_p, …)
-    go to `generate`, whose defaults are the paper's sampling.
+    Called as `pipe("cat.png", rows=16, num_completions=3)`, it returns a list of `num_completions` PIL images; for a list of
+    images (PIL, paths, URLs), a list of such lists. rows: the number of rows to keep, in pixels of the model's images
+    (default: half of them; 0: none). seed: makes the drawing of each batch repeatable and restores torch's random state
+    afterwards. Other arguments (temperature, top_k, top_p, …) go to `generate`, whose defaults are the paper's sampling.
+    Invalid arguments, and a processor that does not fit the model, are a ValueError.
     """
 
-    _load_processor = False
-    _load_image_processor = True
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    # transformers declares these as None.
+    _load_processor = False  # type: ignore[assignment]
+    _load_image_processor = True  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
 
-    def __init__(self, *args, **kwargs):
+    model: ImageGPTForCausalImageModeling
+    image_processor: AnyImageProcessor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.image_processor.check_fits(self.model.config)
 
-    def _sanitize_parameters(self, rows=None, num_completions=None, seed=None, timeout=None, **generate_kwargs):
+    def _sanitize_parameters(
+        self,
+        rows: int | None = None,
+        num_completions: int | None = None,
+        seed: int | None = None,
+        timeout: float | None = None,
+        **generate_kwargs: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         height = self.image_processor.token_grid()[0]
         if rows is not None and not 0 <= rows <= height:
             raise ValueError(f"rows is between 0 and the image's height, {height}; found {rows}.")
@@ -36,10 +54,18 @@ class ImageCompletionPipeline(Pipeline):
         forward = {name: value for name, value in options.items() if value is not None} | generate_kwargs
         return ({} if timeout is None else {"timeout": timeout}), forward, {}
 
-    def preprocess(self, image, timeout=None):
+    def preprocess(self, image: str | Image.Image, timeout: float | None = None) -> BatchFeature:
+        """Turn an image, or the image at a path or URL, into tokens (1, N). timeout: in seconds, for downloads."""
         return self.image_processor(load_image(image, timeout=timeout), return_tensors="pt")
 
-    def _forward(self, model_inputs, rows=None, num_completions=1, seed=None, **generate_kwargs):
+    def _forward(
+        self,
+        model_inputs: Mapping[str, torch.Tensor],
+        rows: int | None = None,
+        num_completions: int = 1,
+        seed: int | None = None,
+        **generate_kwargs: Any,
+    ) -> dict[str, Any]:
         tokens = model_inputs["input_ids"]  # (B, N)
         config = generate_kwargs.get("generation_config", self.model.generation_config)
         sampling = {"temperature": config.temperature, "top_p": config.top_p}
@@ -58,22 +84,25 @@ class ImageCompletionPipeline(Pipeline):
         )
         return {"tokens": drawn}
 
-    def postprocess(self, model_outputs):
+    def postprocess(self, model_outputs: Mapping[str, torch.Tensor]) -> list[Image.Image]:
+        """Turn the tokens of one image's completions (1, num_completions, N) into PIL images."""
         return self.image_processor.decode(model_outputs["tokens"][0])
 
 
 class ImageGPTFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
-    """`pipeline("image-feature-extraction")` with two more options for Image GPTs; other models pass through unchanged.
+    """`pipeline("image-feature-extraction")` with two more options for Image GPTs; nothing changes for other models.
 
-    layer: 0..L as `features_imagegpt` defines it, or negative from the end. pool=True: the mean over positions, (1, D), of that
-    layer (the last unless `layer` is given). Without either, transformers' own result: the last hidden states (1, N, D)
-    of the tokens as they are, SOS not put before them.
+    layer: 0..L as defined in `features_imagegpt`, or negative from the end; another layer is a ValueError. pool=True: return
+    the mean over positions, (1, D), of that layer (by default the last). With neither, the result is transformers' own: the
+    last hidden states (1, N, D) of the unshifted tokens, without SOS.
     """
 
-    def _sanitize_parameters(self, layer=None, pool=None, **kwargs):
+    def _sanitize_parameters(
+        self, layer: int | None = None, pool: bool | None = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if not isinstance(self.model, ImageGPTPreTrainedModel):
             if layer is not None:
-                raise ValueError(f"layer= is an option of Image GPTs; this is a {type(self.model).__name__}.")
+                raise ValueError(f"layer= is an option for Image GPTs; this is a {type(self.model).__name__}.")
             return super()._sanitize_parameters(pool=pool, **kwargs)
         options = {"layer": layer, "pool": pool}
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -81,15 +110,18 @@ class ImageGPTFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
             check_layers(self.model.config, layer)
         return preprocess, forward | {k: v for k, v in options.items() if v is not None}, postprocess
 
-    def _forward(self, model_inputs, layer=None, pool=False):
-        if layer is None and not pool:
+    def _forward(
+        self, model_inputs: Mapping[str, torch.Tensor], layer: int | None = None, pool: bool = False
+    ) -> Mapping[str, Any]:
+        if not isinstance(self.model, ImageGPTPreTrainedModel) or (layer is None and not pool):
             return super()._forward(model_inputs)
         (feature,) = features_of_tokens(
             self.model, model_inputs["input_ids"], -1 if layer is None else layer, pool=pool
         ).values()
         return {"features": feature}
 
-    def postprocess(self, model_outputs, **kwargs):
+    def postprocess(self, model_outputs: Any, **kwargs: Any) -> Any:
+        """Return the features as nested lists, or as a tensor with `return_tensors=True`."""
         if "features" in model_outputs:
             model_outputs = [model_outputs["features"]]
         return super().postprocess(model_outputs, **kwargs)

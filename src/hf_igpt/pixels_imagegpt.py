@@ -5,7 +5,7 @@ values, because only the processor's options know their scale. Transparency is c
 """
 
 import os
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ ImageArray: TypeAlias = np.ndarray | torch.Tensor
 AnyImage: TypeAlias = Image.Image | ImageArray
 
 
-def open_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
-    """Read an image file and turn it upright by its EXIF tag. The mode stays what it is in the file.
+def open_image(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """Read an image file and turn it upright by its EXIF tag. The mode is the file's own.
 
-    A PIL decoder's own errors pass through; they are of many types.
+    Errors of PIL's decoders, which are of many types, are not caught.
     """
     with Image.open(file) as image:
         ImageOps.exif_transpose(image, in_place=True)
@@ -30,7 +30,7 @@ def open_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
 def to_rgb_image(image: AnyImage, layout: ChannelDimension | str | None = None) -> Image.Image:
     """Convert a PIL image of any mode, or an array of grey levels, to a PIL image of mode RGB.
 
-    Arrays have shape (H, W), (H, W, C) or (C, H, W); `layout` says which of the two last where both are possible.
+    Arrays have shape (H, W), (H, W, C) or (C, H, W); `layout` chooses between the last two if both are possible.
     Floats are a ValueError, because their scale is unknown.
     """
     if isinstance(image, Image.Image):
@@ -43,14 +43,14 @@ def to_rgb_image(image: AnyImage, layout: ChannelDimension | str | None = None) 
 
 
 def to_pixels(image: AnyImage) -> np.ndarray:
-    """Return the pixels of a PIL image, or of an array (C, H, W), as a numpy array (H, W, C)."""
+    """Return the pixels of a PIL image or an array (C, H, W) as a numpy array (H, W, C)."""
     if isinstance(image, Image.Image):
         return np.asarray(image)
     return np.asarray(image.cpu() if torch.is_tensor(image) else image).transpose(1, 2, 0)
 
 
 def to_channels_first(image: AnyImage) -> ImageArray:
-    """Return a PIL image of mode RGB as a numpy array (3, H, W). Arrays are returned as they are."""
+    """Return a PIL image of mode RGB as a numpy array (3, H, W). Arrays are returned unchanged."""
     return np.asarray(image).transpose(2, 0, 1) if isinstance(image, Image.Image) else image
 
 
@@ -67,19 +67,20 @@ def is_eight_bit(image: AnyImage) -> bool:
 
 
 def reduce_depth(image: AnyImage) -> AnyImage:
-    """Reduce an image to 8 bits per channel; its kind stays, PIL, numpy or torch. Arrays have 3 dimensions.
+    """Reduce an image to 8 bits per channel; it stays a PIL image, a numpy array or a tensor. Arrays have 3 dimensions.
 
-    PIL modes: I;16 holds 16-bit greys; I holds 8-bit greys unless a pixel exceeds 255, and 16-bit greys then; F holds
-    8-bit greys. Arrays: booleans become 0 and 255, integers must lie in 0..255, and floats are returned as they are.
+    PIL modes: I;16 holds 16-bit greys; I holds 8-bit greys unless a pixel exceeds 255, and otherwise 16-bit greys; F holds
+    8-bit greys. Arrays: booleans become 0 and 255, integers must lie in 0..255, and floats are returned unchanged.
+    Other values and shapes are a ValueError.
     """
     return _reduce_pil_depth(image) if isinstance(image, Image.Image) else _reduce_array_depth(image)
 
 
 def convert_to_rgb(image: AnyImage, layout: ChannelDimension | str | None = None) -> AnyImage:
-    """Convert a PIL image of at most 8 bits per channel to mode RGB, or an array to shape (3, H, W) of its library.
+    """Convert a PIL image of at most 8 bits per channel to mode RGB, or an array to shape (3, H, W).
 
-    Greys are repeated and transparency is composited onto white. RGBA floats must lie in [0, 1].
-    layout: that of an array, inferred from its shape if None.
+    Greys are repeated and transparency is composited onto white. RGBA floats outside [0, 1] are a ValueError.
+    layout: the layout of an array; None infers it from the shape.
     """
     return _convert_pil_to_rgb(image) if isinstance(image, Image.Image) else _convert_array_to_rgb(image, layout)
 
@@ -133,7 +134,7 @@ def _reduce_array_depth(image: ImageArray) -> ImageArray:
 def _convert_pil_to_rgb(image: Image.Image) -> Image.Image:
     try:
         image.load()
-    except OSError as error:  # the file was opened before, and its pixels are read only here
+    except OSError as error:  # PIL reads the pixels of an opened file only here
         raise ValueError(f"The image {getattr(image, 'filename', '')} cannot be read: {error}") from error
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -145,7 +146,9 @@ def _convert_pil_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _convert_array_to_rgb(image: ImageArray, layout: ChannelDimension | str | None) -> ImageArray:
-    layout = ChannelDimension(layout or infer_channel_dimension_format(image, num_channels=(1, 3, 4)))
+    if layout is None:
+        layout = infer_channel_dimension_format(image, num_channels=(1, 3, 4))  # type: ignore[arg-type]  # takes tensors too
+    layout = ChannelDimension(layout)
     if layout == ChannelDimension.LAST:
         image = image.permute(2, 0, 1) if torch.is_tensor(image) else image.transpose(2, 0, 1)
     if len(image) == 1:
@@ -156,6 +159,6 @@ def _convert_array_to_rgb(image: ImageArray, layout: ChannelDimension | str | No
     if white == 1 and (image.min() < 0 or image.max() > 1):
         raise ValueError(f"RGBA floats lie in [0, 1]; found {image.dtype} from {image.min()} to {image.max()}.")
     alpha = image[3:] / white
-    composite = alpha * image[:3] + (1 - alpha) * white
+    composite: Any = alpha * image[:3] + (1 - alpha) * white  # an array of the same library as `image`
     composite = composite.round() if is_eight_bit(image) else composite
-    return composite.to(image.dtype) if torch.is_tensor(composite) else composite.astype(image.dtype)
+    return composite.to(image.dtype) if torch.is_tensor(image) else composite.astype(image.dtype)

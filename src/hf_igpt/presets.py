@@ -1,26 +1,28 @@
-"""Every number of the paper, once, with its source. No logic: other modules look numbers up here.
+"""Every number of the paper, once, with its source. There is no logic here: other modules look numbers up.
 
 Sources: [V2] Chen et al., "Generative Pretraining from Pixels", ICML 2020, version 2; [code] github.com/openai/image-gpt
-(`src/model.py`, `src/run.py`, `README.md`); [blog] openai.com/index/image-gpt. What the paper does not state
-and we had to choose is marked "ours".
+(`src/model.py`, `src/run.py`, `README.md`); [blog] openai.com/index/image-gpt. Numbers that the
+paper does not state, and that we had to choose, are marked "ours".
 """
 
 from dataclasses import dataclass, field
 
 
 N_COLORS = 512  # K, the "9-bit colour palette" [V2 3.2]
-IMAGE_SIZE = 32  # H = W of the model resolution that the released models have [code run.py n_px]
+IMAGE_SIZE = 32  # H = W, the resolution of the released models [code run.py n_px]
 MASK_PROBABILITY = 0.15  # [V2 2.1, code run.py bert_mask_prob]
 HELD_OUT_FRACTION = 0.04  # of ImageNet's training split, for validation [V2 3.1]
 LABELLED_HELD_OUT_FRACTION = 0.1  # of the training split of CIFAR-10, CIFAR-100 and STL-10 [V2 3.1]
-EVALUATION_MASKS = 5  # drawn for each image where a masked model classifies: the majority decides [V2 4.6]
+EVALUATION_MASKS = 5  # masks drawn per image when a masked model classifies; the majority vote decides [V2 4.6]
 
 ADAM_BETAS = (0.9, 0.95)  # [V2 A.1]
 WEIGHT_DECAY = 0.0  # [V2 A.1]
 WARMUP_EPOCHS = 1.0  # "one epoch", then cosine to 0 [V2 A.1]
-WARMUP_FRACTION = 0.01  # the same in steps where the length of an epoch is unknown: 1 of about 100 epochs [V2 A.1]
+WARMUP_FRACTION = (
+    0.01  # as a fraction of training, if the length of an epoch is unknown: 1 of about 100 epochs [V2 A.1]
+)
 
-# Augmentation of pretraining on ImageNet [V2 3.1]
+# Augmentation for pretraining on ImageNet [V2 3.1]
 CROP_SHORTER_SIDE = (256, 384)  # pixels, drawn uniformly from the closed interval
 CROP_SIZE = 224  # pixels
 PAD_CROP_PIXELS = 4  # reflected border, then a random window, for CIFAR at 32x32 [V2 3.1]
@@ -30,44 +32,46 @@ INIT_POSITION_STD = 0.01  # wpe
 INIT_EMBEDDING_STD = 0.02  # wte, sos
 INIT_MLP_STD = 0.02  # c_fc and c_proj of the MLP; q, k, v use 1/sqrt(n_embd), attention's c_proj 1/sqrt(n_embd*n_layer)
 
-FINETUNING_RATE = 0.1  # of pretraining's learning rate: "often an order of magnitude smaller" [V2 3.4]
-FINETUNING_SCHEDULE = "constant"  # no cosine; the model of the best validation accuracy is kept [V2 3.4]
+FINETUNING_RATE = (
+    0.1  # as a fraction of the learning rate of pretraining: "often an order of magnitude smaller" [V2 3.4]
+)
+FINETUNING_SCHEDULE = "constant"  # no cosine; the model with the best validation accuracy is kept [V2 3.4]
 FINETUNING_EPOCHS = 20  # ours, at most; the paper states none
 FINETUNING_PATIENCE = 5  # ours: evaluations without a better accuracy, after which training stops
-GENERATIVE_LOSS_WEIGHT = 1.0  # of L_GEN beside L_CLF [V2 2.3, code run.py]
+GENERATIVE_LOSS_WEIGHT = 1.0  # weight of L_GEN, which is added to L_CLF [V2 2.3, code run.py]
 
 PROBE_SGD_LEARNING_RATES = (30, 10, 3, 1, 0.3, 0.1)  # "30, 10, 3, ..." [V2 3.4]
 PROBE_MOMENTUM = 0.9  # [V2 3.4]
-PROBE_SUBSETS = 5  # random subsets where there are few labels [V2 Table 4]
-KNN_NEIGHBORS, KNN_TEMPERATURE = 200, 0.07  # the field's usual nearest neighbours, not the paper's
+PROBE_SUBSETS = 5  # random subsets of the labels that a few-label probe is fitted to [V2 Table 4]
+KNN_NEIGHBORS, KNN_TEMPERATURE = 200, 0.07  # the usual settings in the field; the paper has no k-NN
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model size and the recipe it is pretrained with.
+    """A model size and the recipe for pretraining it.
 
-    `learning_rate` is keyed by (objective, image size); the nearest published row is used for other image sizes.
-    `batch_size` counts images per optimiser step over all processes. Exactly one of `max_steps` and `num_epochs` is set.
+    learning_rate: peak learning rates, keyed by (objective, image size). For other image sizes the nearest one is used.
+    batch_size: images per optimiser step, over all processes. Exactly one of `max_steps` and `num_epochs` is set.
     """
 
     n_layer: int
     n_embd: int
     n_head: int
-    learning_rate: dict = field(default_factory=dict)
+    learning_rate: dict[tuple[str, int], float] = field(default_factory=dict)
     batch_size: int = 128  # [V2 A.1]
     max_steps: int | None = None
     num_epochs: float | None = None
 
     def learning_rate_for(self, objective: str, image_size: int) -> float:
-        """Learning rate of the row of the same objective whose image size is nearest to `image_size`."""
+        """The learning rate for `objective` at the published image size that is nearest to `image_size` (pixels)."""
         rows = {size: rate for (name, size), rate in self.learning_rate.items() if name == objective}
         return rows[min(rows, key=lambda size: abs(size - image_size))]
 
 
-SIZES = {
-    # Ours: small enough for a laptop's processor, in minutes.
+SIZES: dict[str, Size] = {
+    # Ours: small enough to train on a laptop's CPU in minutes.
     "tiny": Size(4, 128, 4, {("causal", 32): 1e-3, ("masked", 32): 1e-3}, batch_size=16, num_epochs=15),
-    # Ours: the 10 M parameters, batch and epochs of a well-known CIFAR-10 run (karpathy/minGPT, play_image.ipynb).
+    # Ours: the 10 M parameters, batch size and epochs of a well-known CIFAR-10 run (karpathy/minGPT, play_image.ipynb).
     "xs": Size(12, 256, 8, {("causal", 32): 3e-3, ("masked", 32): 3e-3}, num_epochs=16),
     # Shapes [code README]; learning rates [V2 Table 5]; steps [V2 A.1].
     "s": Size(24, 512, 8, {("causal", 32): 3e-3, ("masked", 32): 1e-2}, max_steps=1_000_000),
@@ -81,12 +85,12 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Published:
-    """A figure of OpenAI's: `task` is what was measured on `data`, after pretraining on ILSVRC-2012 at `image_size`."""
+    """A figure that OpenAI published: the result for `task` on `data`, after pretraining on ILSVRC-2012 at `image_size`."""
 
     size: str
     task: str  # "generation", "linear probe" or "fine-tuning"
     data: str
-    value: float  # nats per pixel for generation, else accuracy in 0..1
+    value: float  # nats per pixel for generation, accuracy in 0..1 for the other tasks
     source: str
     objective: str = "causal"
     image_size: int = IMAGE_SIZE

@@ -1,6 +1,7 @@
 """`scripts/run_finetune.py`: fine-tune an Image GPT to classify images."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from transformers import EarlyStoppingCallback
@@ -23,14 +24,15 @@ from ..reporting import plots
 from ..training import runs
 from ..training.arguments import FinetuningArguments, ModelArguments
 from ..training.runs import log_main
+from ..training.trainer import ImageGPTTrainer
 
 
 def finetune(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> list[Record]:
     """Fine-tune an Image GPT to classify, by L_CLF + weight · L_GEN [V2 2.3], and write it to `args.output_dir`.
 
-    Without `model_name_or_path` it starts from random weights, the paper's baseline. The model of the best validation
-    accuracy is kept; the test split is read once, at the end. Written in addition to what `pretrain` writes:
-    `confusion.png`. Returns what was measured.
+    Without `model_name_or_path` it starts from random weights, the paper's baseline. The model with the best validation
+    accuracy is kept, and the test split is evaluated once, at the end. The folder holds what `pretrain` writes and
+    `confusion.png`. Returns the records of the results. Invalid arguments are a ValueError before training starts.
     """
     checkpoint = runs.begin(args)
     folder, source = Path(args.output_dir), model_args.model_name_or_path
@@ -48,7 +50,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     processor = images.processor
     model = runs.build_classifier(model_args, args, processor, config, images.classes)
     if checkpoint:
-        runs.check_same_run(checkpoint, model.config, runs.identity_of(model_args, images, args))
+        runs.check_same_run(checkpoint, model.config, runs.collect_identity(model_args, images, args))
     size = find_size(model.config) or args.size
     images.check_enough(args.images_per_step(size))
     masked = model.config.objective == "masked"
@@ -57,10 +59,10 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     args.resolve(size, model.config.objective, processor.token_grid()[0], len(train), rate)
     runs.write_run(args, model_args, images, model, len(train))
     if args.should_save:
-        plots.palette_picture(processor.clusters).save(folder / "palette.png")
+        plots.palette_picture(processor.palette).save(folder / "palette.png")
 
-    stops_early = args.load_best_model_at_end and args.early_stopping_patience
-    callbacks = [EarlyStoppingCallback(args.early_stopping_patience)] if stops_early else []
+    patience = args.early_stopping_patience if args.load_best_model_at_end else None
+    callbacks = [EarlyStoppingCallback(patience)] if patience else []
     trainer = runs.build_trainer(args, model, train, validation, processor, push, callbacks)
     runs.log_plan(trainer, images, f"{len(validation):,} for validation, {len(test):,} for the test")
     runs.train(trainer, checkpoint)
@@ -68,7 +70,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     draws = predict_test(trainer, images, args.num_masks if masked else 1)
     labels = np.asarray(test[LABEL])
     votes = majority_vote(np.stack([classes for classes, _ in draws]), args.seed)
-    records = finetuning_records(trainer, images, config is None, draws, votes, len(validation))
+    records = make_finetuning_records(trainer, images, config is None, draws, votes, len(validation))
     if args.should_save:
         plots.confusion_matrix(labels, votes, images.classes).save(folder / "confusion.png")
         plots.accuracy_curve(trainer.state.log_history).save(folder / "training.png")
@@ -78,23 +80,35 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     return records
 
 
-def predict_test(trainer, images: TrainingImages, n_draws: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """For each draw of masks (one if the model is causal): the class of each test image, and its nats per pixel or None."""
-    draws = []
+def predict_test(
+    trainer: ImageGPTTrainer, images: TrainingImages, n_draws: int
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Classify the test images `n_draws` times, each with other masks (once if the model is causal).
+
+    Returns for each draw the class of each image (n,), and its nats per pixel (n,) or None.
+    """
+    draws: list[tuple[np.ndarray, np.ndarray | None]] = []
     for draw in range(n_draws):
         rows = images.rows("test", trainer.model.config.objective == "masked")
-        rows.set_epoch(draw)  # other masks
-        values = trainer.predict(rows, metric_key_prefix="test").predictions
+        rows.set_epoch(draw)  # for other masks
+        values: Any = trainer.predict(rows, metric_key_prefix="test").predictions
         draws.append(values if isinstance(values, tuple) else (values, None))
     return draws
 
 
-def finetuning_records(
-    trainer, images: TrainingImages, is_new: bool, draws, votes: np.ndarray, n_validation: int
+def make_finetuning_records(
+    trainer: ImageGPTTrainer,
+    images: TrainingImages,
+    is_new: bool,
+    draws: list[tuple[np.ndarray, np.ndarray | None]],
+    votes: np.ndarray,
+    n_validation: int,
 ) -> list[Record]:
-    """Records of test and validation images, and the baseline that always says the commonest class."""
-    args, labels = trainer.args, np.asarray(images.tokens("test")[LABEL])
-    validation = trainer.predict(trainer.eval_dataset, metric_key_prefix="validation").metrics["validation_accuracy"]
+    """Make the records for test and validation images, and for the baseline that always predicts the most common class."""
+    args = cast(FinetuningArguments, trainer.args)
+    labels = np.asarray(images.tokens("test")[LABEL])
+    predicted: Any = trainer.predict(trainer.eval_dataset, metric_key_prefix="validation")
+    validation = predicted.metrics["validation_accuracy"]
     about = fields_of_images(images.name, images.processor, len(images.classes)) | {
         "task": "fine-tuning",
         "started_from": "random weights" if is_new else "pretrained",
@@ -115,7 +129,7 @@ def finetuning_records(
         records.append(record("accuracy", accuracy(draws[0][0], labels), "test", len(labels), 1))
     records.append(record("accuracy", validation, "validation", n_validation, None if masks is None else 1))
     if draws[0][1] is not None:
-        nats = float(np.mean([nats for _, nats in draws], dtype=np.float64))
+        nats = float(np.mean([nats for _, nats in draws if nats is not None], dtype=np.float64))
         records.append(record("nats_per_pixel", nats, "test", len(labels), masks))
     commonest = np.bincount(images.splits["train"][LABEL]).argmax()
     share, name = float(np.mean(labels == commonest)), images.classes[commonest]
@@ -123,8 +137,8 @@ def finetuning_records(
     return records
 
 
-def log_summary(args: FinetuningArguments, records: list[Record]):
-    """Say what was measured, what was written, and what to do next."""
+def log_summary(args: FinetuningArguments, records: list[Record]) -> None:
+    """Print the results, the files written, and the next step."""
     log_main("")
     for record in records:
         masks = f", {record.masks} mask{'s' if record.masks > 1 else ''}" if record.masks else ""

@@ -1,10 +1,14 @@
 """`scripts/run_pretrain.py`: pretrain an Image GPT, causal or masked, on images without labels."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
+import datasets
 import torch
+from PIL import Image
 
-from ..data import MASK, TOKENS, DataArguments, TrainingImages, collate_tokens, token_array
+from ..data import MASK, TOKENS, DataArguments, ImageTokens, TrainingImages, collate_tokens, token_array
 from ..evaluation.baselines import POSITION_UNIGRAM, UNIFORM, UNIGRAM, measure_counting_models
 from ..evaluation.metrics import BITS_PER_NAT
 from ..evaluation.records import (
@@ -16,6 +20,7 @@ from ..evaluation.records import (
     write_records,
 )
 from ..generation_imagegpt import fill_in, sample
+from ..image_processing_imagegpt import AnyImageProcessor
 from ..publishing.hub import push
 from ..reporting import plots
 from ..training import runs
@@ -24,15 +29,15 @@ from ..training.callbacks import Milestones, SamplePictures
 from ..training.runs import log_main
 
 
-BASELINE_TOKENS = 20_000_000  # training tokens that counting models are fitted to, at most
+BASELINE_TOKENS = 20_000_000  # the most training tokens that counting models are fitted to
 
 
 def pretrain(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> list[Record]:
-    """Pretrain an Image GPT, causal or masked, and write it to `args.output_dir`; returns what was measured.
+    """Pretrain an Image GPT, causal or masked, and write it to `args.output_dir`; return the records of its results.
 
-    Written: the best model with its processor; checkpoints (the last, the best) and milestones likewise; `samples/` with a
-    picture for each evaluation; `palette.png`, `training.png`; and last `records.json`. An unfinished run in
-    `output_dir` is resumed. Everything that can be wrong with the arguments is a ValueError before training starts.
+    The folder holds the best model with its processor, checkpoints (the last and the best) and milestones in the same form,
+    `samples/` with a picture for each evaluation, `palette.png`, `training.png`, and `records.json`, which is written last.
+    An unfinished run in `output_dir` is resumed. Invalid arguments are a ValueError before training starts.
     """
     checkpoint = runs.begin(args)
     folder = Path(args.output_dir)
@@ -49,33 +54,34 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     processor = images.processor
     model = runs.build_model(model_args, args, processor)
     if checkpoint:
-        runs.check_same_run(checkpoint, model.config, runs.identity_of(model_args, images, args))
+        runs.check_same_run(checkpoint, model.config, runs.collect_identity(model_args, images, args))
     masked = model.config.objective == "masked"
     held_out = images.rows("validation", masked)
     train = images.training_rows(masked)
     n_images = None if images.is_stream else len(train)
     args.resolve(args.size, model.config.objective, processor.token_grid()[0], n_images)
     runs.write_run(args, model_args, images, model, n_images)
-    reference = counting_baselines(images, masked) if args.should_log else {}
+    reference = measure_counting_baselines(images, masked) if args.should_log else {}
     if args.should_save:
-        plots.palette_picture(processor.clusters).save(folder / "palette.png")
+        plots.palette_picture(processor.palette).save(folder / "palette.png")
 
     trainer = runs.build_trainer(args, model, train, held_out, processor, push)
     if args.num_samples and trainer.is_sharded:
-        log_main("No samples are drawn during training: the weights are shared out among processes.")
+        log_main("No samples are drawn during training, because the weights are sharded over processes.")
     elif args.num_samples:
-        trainer.add_callback(SamplePictures(picture_drawer(args, processor, held_out), folder / "samples"))
+        trainer.add_callback(SamplePictures(make_picture_drawer(args, processor, held_out), folder / "samples"))
     about = {"task": "generation", "split": "held out"} | fields_of_images(images.name, processor)
 
     def measure(prefix: str, step: int) -> Record:
-        # Not `evaluate`, whose result would be logged, drawn and sampled as a step's.
-        nats = trainer.predict(held_out, metric_key_prefix=prefix).metrics[f"{prefix}_nats_per_pixel"]
+        # Not `evaluate`, which would log, plot and draw samples as for a training step.
+        metrics = cast(dict[str, float], trainer.predict(held_out, metric_key_prefix=prefix).metrics)
+        nats = metrics[f"{prefix}_nats_per_pixel"]
         return runs.record_training(trainer, step, metric="nats_per_pixel", value=nats, n=len(held_out), **about)
 
-    def keep_milestone():
+    def keep_milestone() -> None:
         step = trainer.state.global_step
         place = folder / MILESTONES / f"step-{step:07d}"
-        with torch.random.fork_rng(devices=[]):  # training continues as if nothing had been measured
+        with torch.random.fork_rng(devices=[]):  # measuring does not change what training draws
             record = measure("milestone", step)
         trainer.save_model(str(place), _internal_call=True)
         if args.should_save:
@@ -96,32 +102,41 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     return records
 
 
-def counting_baselines(images: TrainingImages, masked: bool) -> dict[str, float]:
-    """Held-out nats per pixel of models that only count, if all training tokens are at hand."""
+def measure_counting_baselines(images: TrainingImages, masked: bool) -> dict[str, float]:
+    """Measure the held-out nats per pixel of counting models; {} if the training images are not tokenised.
+
+    masked: only the models that do not see a pixel's neighbours, which are those comparable with a masked model.
+    """
     if not images.has_training_tokens:
         return {}
     processor = images.processor
     counted = [subsample_rows(images.tokens(split), BASELINE_TOKENS) for split in ("train", "validation")]
-    width, n_colors = processor.token_grid()[1], len(processor.clusters)
-    reference = measure_counting_models(*map(token_array, counted), width, n_colors)
+    width, n_colors = processor.token_grid()[1], len(processor.palette)
+    train, held_out = map(token_array, counted)
+    reference = measure_counting_models(train, held_out, width, n_colors)
     if masked:  # these know nothing, or only the place, of what is known around a hidden pixel
         reference = {name: reference[name] for name in (UNIFORM, UNIGRAM, POSITION_UNIGRAM)}
     return reference
 
 
-def subsample_rows(tokens, n_tokens: int):
-    """Every k-th row of a tokenised dataset, so that at most `n_tokens` tokens come from all of it."""
+def subsample_rows(tokens: datasets.Dataset, n_tokens: int) -> datasets.Dataset:
+    """Take every k-th row of a tokenised dataset, so that at most `n_tokens` tokens come from all parts of it."""
     n_pixels = tokens.features[TOKENS].length
     step = -(-len(tokens) * n_pixels // n_tokens)
     return tokens.select(range(0, len(tokens), step))
 
 
-def picture_drawer(args: PretrainingArguments, processor, held_out):
-    """A function from the model to a picture: images it draws, or held-out images whose hidden pixels it fills in."""
+def make_picture_drawer(
+    args: PretrainingArguments, processor: AnyImageProcessor, held_out: ImageTokens
+) -> Callable[[Any], Image.Image]:
+    """Make a function that turns a model into a picture.
 
-    def draw(model):
+    A causal model draws images; a masked model fills in the hidden pixels of held-out images.
+    """
+
+    def draw(model: Any) -> Image.Image:
         if model.config.objective == "causal":
-            images = sample(model, processor, args.num_samples, seed=args.seed, progress=False)
+            images = cast(list[Image.Image], sample(model, processor, args.num_samples, seed=args.seed, progress=False))
             return plots.square_grid(images)
         batch = collate_tokens(held_out.__getitems__(range(min(args.num_samples, len(held_out)))))
         filled = fill_in(model, batch["labels"], batch[MASK], seed=args.seed)
@@ -130,8 +145,8 @@ def picture_drawer(args: PretrainingArguments, processor, held_out):
     return draw
 
 
-def log_summary(args: PretrainingArguments, records: list[Record], objective: str):
-    """Say what was measured, what was written, and what to do next."""
+def log_summary(args: PretrainingArguments, records: list[Record], objective: str) -> None:
+    """Print the results, the files written, and the next command to run."""
     of = " of hidden pixels" if objective == "masked" else ""
     log_main(f"\nHeld-out nats per pixel (bits per pixel){of}, lower is better:")
     for record in sorted(records, key=lambda record: record.value):

@@ -151,7 +151,7 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> list[Record]:
         print(f"Probing {subject.name}")
         model = ImageGPTModel.from_pretrained(subject.name).to(find_device(args.device))
         about = fields_of_images(data_args.name(), subject.processor, len(classes))
-        palette = subject.processor.clusters
+        palette = subject.processor.palette
         found = []
         for record in Probing(model, tokens, palette, subject.layers, protocol, about, subject.about).run():
             tqdm.write(f"  {format_value(record, 2)}  {describe_model(record)}, {record.split}")

@@ -1,9 +1,9 @@
-"""Images in, tokens out: where they come from, how they are read, what rows and batches a model is given.
+"""From images to tokens: the sources of images, how they are read, and the rows and batches that a model trains on.
 
 `sources` arguments and splits · `images` files and cells · `tokens` cache, rows, streams, collators · `prepare` `TrainingImages`.
 """
 
-from .images import image_files, named_images, random_crop, read_image, report_bad_images
+from .images import find_image_files, named_images, random_crop, read_image, report_bad_images
 from .prepare import TrainingImages, load_processor, processor_of, read_processor, sample_pixels
 from .sources import IMAGE, LABEL, DataArguments, digits, load_images, load_labelled_images
 from .tokens import (
@@ -12,8 +12,8 @@ from .tokens import (
     ImageTokens,
     collate_classified,
     collate_tokens,
-    endless,
-    readable,
+    drop_unreadable,
+    repeat_stream,
     stream_tokens,
     token_array,
     tokenize,
@@ -31,8 +31,8 @@ __all__ = [
     "collate_classified",
     "collate_tokens",
     "digits",
-    "endless",
-    "image_files",
+    "drop_unreadable",
+    "find_image_files",
     "load_images",
     "load_labelled_images",
     "load_processor",
@@ -41,7 +41,7 @@ __all__ = [
     "random_crop",
     "read_image",
     "read_processor",
-    "readable",
+    "repeat_stream",
     "report_bad_images",
     "sample_pixels",
     "stream_tokens",

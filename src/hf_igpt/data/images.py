@@ -1,8 +1,10 @@
-"""Images as PIL reads them: files in folders, undecoded cells, what cannot be read, and the paper's random crop."""
+"""Reading images with PIL: files in folders, undecoded cells, unreadable images, and the paper's random crop."""
 
 import io
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -12,27 +14,28 @@ from ..pixels_imagegpt import open_image, to_rgb_image
 from ..presets import CROP_SHORTER_SIDE, CROP_SIZE
 
 
-HELD_PIXELS = 1_000_000  # pixels of decoded photos held in memory together
+HELD_PIXELS = 1_000_000  # pixels of decoded photos held in memory at a time
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Files in a folder and its subfolders that are images by their name, in order."""
+def find_image_files(folder: Path) -> list[Path]:
+    """Return the files in a folder and its subfolders whose names are those of images, sorted."""
     known = Image.registered_extensions()
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
 
 
 def named_images(names: list[str]) -> list[Path]:
-    """Image files of the files and folders that are named, in their order; ValueError where there are none."""
-    files = [file for path in map(Path, names) for file in (image_files(path) if path.is_dir() else [path])]
+    """Return the image files among `names`, files and folders, in their order. Folders without any are a ValueError."""
+    files = [file for path in map(Path, names) for file in (find_image_files(path) if path.is_dir() else [path])]
     if names and not files:
         raise ValueError(f"There are no image files in {', '.join(names)}.")
     return files
 
 
-def read_image(cell) -> Image.Image:
-    """An undecoded cell, or an array of grey levels -> RGB image, upright by its EXIF tag, transparency on white.
+def read_image(cell: Any) -> Image.Image:
+    """Turn an undecoded cell, or an array of grey levels, into an RGB image, upright by its EXIF tag, transparency on white.
 
-    What cannot be read is a ValueError naming it.
+    cell: a dictionary of `bytes` and `path`, as `datasets.Image(decode=False)` gives, or an array as in `to_rgb_image`.
+    An image that cannot be read is a ValueError that names it.
     """
     if not isinstance(cell, dict):
         if cell is None:
@@ -43,19 +46,26 @@ def read_image(cell) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = open_image(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
             return to_rgb_image(image)
-    except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise errors of any type: OSError, SyntaxError, struct.error, ...
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
         raise ValueError(f"{cell.get('path') or 'no path'}: {reason or f'{type(error).__name__}: {error}'}") from error
 
 
-def read_images(cells, indices, on_bad_image: str, then=lambda image, index: image):
-    """Portions `(images, reasons)` of cells: `then(image, index)` of the readable ones, and for every cell the reason it is
-    not readable, or "".
+def read_images(
+    cells: Iterable[Any],
+    indices: Iterable[int],
+    on_bad_image: str,
+    then: Callable[[Image.Image, int], Image.Image] = lambda image, index: image,
+) -> Iterator[tuple[list[Image.Image], list[str]]]:
+    """Read cells in portions: yield `then(image, index)` of the readable images, and for every cell why it is unreadable, or "".
 
-    A portion ends when its photos, as they were read, have `HELD_PIXELS` pixels: many small images are held at once, large
-    ones one by one.
+    indices: the cells' indices in their dataset, for `then` and for messages. on_bad_image: "error" raises ValueError for an
+    unreadable image, "skip" leaves it out. A portion ends once its images, as read, have `HELD_PIXELS` pixels, so many small
+    images are in memory at a time but only few large ones.
     """
-    images, reasons, n_pixels = [], [], 0
+    images: list[Image.Image] = []
+    reasons: list[str] = []
+    n_pixels = 0
     for cell, index in zip(cells, indices, strict=True):
         try:
             image = read_image(cell)
@@ -76,16 +86,19 @@ def read_images(cells, indices, on_bad_image: str, then=lambda image, index: ima
         yield images, reasons
 
 
-def report_bad_images(reasons: list[str], n_images: int):
-    """Say how many images were left out, and which."""
+def report_bad_images(reasons: list[str], n_images: int) -> None:
+    """Print how many of `n_images` images were left out, and why. If none is left, raise ValueError."""
     listing = "\n  ".join(reasons)
     tqdm.write(f"Left out {len(reasons)} of {n_images} images that cannot be read:\n  {listing}")
     if len(reasons) == n_images:
         raise ValueError(f"None of the {n_images} images can be read; the first: {reasons[0]}")
 
 
-def random_crop(image: Image.Image, rng: np.random.Generator):
-    """The paper's crop [V2 3.1] of an RGB image: shorter side resized to 256..384 pixels, then a 224 x 224 window, both uniform."""
+def random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Crop an RGB image as in the paper [V2 3.1].
+
+    Its shorter side is resized to 256..384 pixels, then a 224 x 224 window is cut out, both drawn uniformly.
+    """
     shorter = int(rng.integers(CROP_SHORTER_SIDE[0], CROP_SHORTER_SIDE[1] + 1))
     scale = shorter / min(image.size)
     width, height = (max(CROP_SIZE, round(side * scale)) for side in image.size)

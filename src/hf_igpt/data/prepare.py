@@ -1,11 +1,13 @@
-"""Images made ready: `TrainingImages` answers everything that a run asks about its images, and nobody below it sees the arguments.
+"""Preparing images: `TrainingImages` answers all questions of a run about its images, so that no other code sees the arguments.
 
-Here too: reading a saved image processor, and sampling the pixels that a palette is fitted to.
+This module also reads saved image processors, and samples the pixels that a palette is fitted to.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,28 +17,35 @@ from tqdm.auto import tqdm
 from transformers.image_utils import SizeDict
 
 from .. import clusters
-from ..image_processing_imagegpt import ImageGPTImageProcessorPil, InstalledProcessor
+from ..configuration_imagegpt import ImageGPTConfig
+from ..image_processing_imagegpt import AnyImageProcessor, ImageGPTImageProcessorPil, InstalledProcessor
 from ..presets import DIGITS_IMAGE_SIZE, DIGITS_N_COLORS, IMAGE_SIZE, N_COLORS
 from .images import read_images, report_bad_images
-from .sources import IMAGE, LABEL, DataArguments, load_images, load_labelled_images
-from .tokens import BATCH, SHUFFLE_BUFFER, ImageTokens, endless, readable, stream_tokens, tokenize
+from .sources import IMAGE, LABEL, AnyDataset, DataArguments, Splits, load_images, load_labelled_images
+from .tokens import BATCH, SHUFFLE_BUFFER, ImageTokens, drop_unreadable, repeat_stream, stream_tokens, tokenize
 
 
-PALETTE_PIXELS = 1_000_000  # pixels sampled from all images to fit a palette to
-_STREAM_PALETTE = 10_000  # images of a stream that a palette is fitted to
+PALETTE_PIXELS = 1_000_000  # pixels sampled from all images to fit a palette
+_STREAM_PALETTE = 10_000  # images of a stream from which these pixels are sampled
 _CHANGES_NOTHING = ("preprocessing_num_workers", "data_cache_dir")  # arguments that change neither images nor splits
 
 
 class TrainingImages:
-    """The images of a run: its splits, its image processor and its tokens, each made once, in every process alike.
+    """The images of a run: its splits, its image processor and its tokens, each made once and the same in every process.
 
     splits: `{"train": …, "validation": …}` of undecoded images, and with `labelled` also "test", as `load_images` and
-    `load_labelled_images` return them. Splits are drawn by `split_seed`; the palette and augmentation by `seed`.
+    `load_labelled_images` return them. Splits are drawn with `split_seed` (None: `seed`), the palette and augmentation with
+    `seed`.
 
-    processor: the folder or Hub name of an image processor, or a bare palette (.npy, .json); None fits a palette of
-    `num_colors` colours to the training images, in the main process alone. hub_source: `revision` and `cache_dir` of that
-    processor. num_workers: of the `DataLoader` that reads a stream. Whatever is wrong with the arguments is a ValueError.
+    processor: the folder or Hub name of an image processor, or a palette file (.npy, .json); None fits a palette of
+    `num_colors` colours to the training images, in the main process only. hub_source: `revision` and `cache_dir` for that
+    processor. num_workers: workers of the `DataLoader` that reads a stream. Invalid arguments are a ValueError.
     """
+
+    splits: Splits
+    seed: int
+    split_seed: int
+    is_stream: bool  # whether the training images are streamed, so that their number is unknown
 
     def __init__(
         self,
@@ -47,10 +56,10 @@ class TrainingImages:
         split_seed: int | None = None,
         processor: str | None = None,
         num_colors: int | None = None,
-        hub_source: dict | None = None,
+        hub_source: dict[str, Any] | None = None,
         num_workers: int = 0,
         progress: bool = True,
-    ):
+    ) -> None:
         self._args, self.seed, self.progress = args, seed, progress
         self.split_seed = seed if split_seed is None else split_seed
         self._processor_source, self._num_colors, self._hub_source = processor, num_colors, hub_source or {}
@@ -66,21 +75,24 @@ class TrainingImages:
 
     @property
     def name(self) -> str:
-        """The name that records give the images: no path of this machine."""
+        """The name of the images in records, which is never a path on this machine."""
         return self._args.name()
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes of labelled images."""
+        """The names of the classes, if the images are labelled."""
         return self.splits["train"].features[LABEL].names
 
     @property
     def image_size(self) -> int:
-        """Height = width, in pixels, of images whose processor does not say another size."""
-        return image_size_of(self._args)
+        """Height = width of the images, in pixels, unless their processor has another size."""
+        return choose_image_size(self._args)
 
-    def recipe(self, n_training_images: int | None) -> dict:
-        """What a model card says about the images: plain values, no path of this machine. None: a stream."""
+    def recipe(self, n_training_images: int | None) -> dict[str, Any]:
+        """Describe the images for a model card, in plain values without paths on this machine.
+
+        n_training_images: None for a stream.
+        """
         pieces = {
             "random crops": self._args.random_crop,
             "random windows of a reflected border": self._args.pad_crop,
@@ -93,12 +105,12 @@ class TrainingImages:
             "augmentation": ", ".join(name for name, on in pieces.items() if on) or "none",
         }
 
-    def identity(self) -> dict:
-        """The arguments that decide which images are in which split; a resumed run must have the same."""
+    def identity(self) -> dict[str, Any]:
+        """Return the arguments that decide which images are in which split; they must not change when a run resumes."""
         return {name: value for name, value in vars(self._args).items() if name not in _CHANGES_NOTHING}
 
-    def check_enough(self, images_per_step: int):
-        """ValueError if there are fewer training images than one optimiser step takes."""
+    def check_enough(self, images_per_step: int) -> None:
+        """Raise ValueError if there are fewer training images than one optimiser step uses."""
         n_images = None if self.is_stream else len(self.splits["train"])
         if n_images is not None and n_images < images_per_step:
             raise ValueError(
@@ -109,8 +121,8 @@ class TrainingImages:
     # -- palette and processor -----------------------------------------------------------------------------------------
 
     @cached_property
-    def processor(self):
-        """The image processor, read from where the arguments say or made with a palette fitted to the training images."""
+    def processor(self) -> AnyImageProcessor:
+        """The image processor that the arguments name, or one with a palette fitted to the training images."""
         source, num_colors = self._processor_source, self._num_colors
         if source is None:
             palette = None
@@ -129,19 +141,24 @@ class TrainingImages:
             )
         return processor
 
-    def make_processor(self, palette: np.ndarray):
-        """A processor for these images, with `palette` and of the backend that is installed."""
-        return _processor_for(palette, self._args)
+    def make_processor(self, palette: np.ndarray) -> AnyImageProcessor:
+        """Make a processor for these images with `palette` (K, 3), for the backend that is installed."""
+        return _make_processor(palette, self._args)
 
-    def fit_palette(self, num_colors: int | None = None, num_pixels: int = PALETTE_PIXELS):
-        """(palette (K, 3), pixels (n, 3) it was fitted to) of training images; None: the default number of colours."""
+    def fit_palette(
+        self, num_colors: int | None = None, num_pixels: int = PALETTE_PIXELS
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Fit a palette to training images; return it (K, 3) and the pixels (n, 3) uint8 that it was fitted to.
+
+        num_colors: None for the default. num_pixels: about how many pixels to sample.
+        """
         num_colors = num_colors or (DIGITS_N_COLORS if self._args.is_embedded else N_COLORS)
         pixels = self.sample_pixels("train", num_pixels)
         tqdm.write(f"Fitting {num_colors} colours to {len(pixels):,} pixels")
         return clusters.fit_palette(pixels, num_colors, self.seed, progress=self.progress), pixels
 
     def sample_pixels(self, split: str, num_pixels: int = PALETTE_PIXELS) -> np.ndarray:
-        """About `num_pixels` pixels (n, 3) uint8, evenly from all images of a split at the size of the model's images."""
+        """Sample about `num_pixels` pixels (n, 3) uint8, evenly from all images of a split, at the model's image size."""
         args = self._args
         crop = args.center_crop is not False
         return sample_pixels(self.splits[split], num_pixels, self.image_size, crop, self.seed, args.on_bad_image)
@@ -149,31 +166,30 @@ class TrainingImages:
     # -- tokens --------------------------------------------------------------------------------------------------------
 
     def tokens(self, split: str) -> datasets.Dataset:
-        """The tokens of a split, as `tokenize` returns them; of a stream, those of its held-out images alone."""
+        """Return the tokens of a split, as `tokenize` does; of a stream, only held-out images can be tokenised."""
         if split not in self._tokens:
-            args = self._args
-            options = {"on_bad_image": args.on_bad_image, "num_proc": args.preprocessing_num_workers}
+            bad, workers = self._args.on_bad_image, self._args.preprocessing_num_workers
             what = {"train": "training", "validation": "held-out"}.get(split, split)
             processor = self.processor  # all processes take part in making it
             with _main_process_first():
                 images = self.splits[split]
-                self._tokens[split] = tokenize(images, processor, desc=f"Tokenising {what} images", **options)
+                self._tokens[split] = tokenize(images, processor, bad, workers, desc=f"Tokenising {what} images")
         return self._tokens[split]
 
     @property
     def has_training_tokens(self) -> bool:
-        """Whether the training images are tokenised once; else they are cropped, or streamed, as they are read."""
+        """Whether the training images are tokenised once, rather than cropped or streamed while they are read."""
         return not (self.is_stream or self._args.random_crop)
 
     def rows(self, split: str, masked: bool) -> ImageTokens:
-        """Rows of a held-out split for a `DataLoader`, not augmented; with a mask each for a masked model."""
+        """Return the rows of a split for a `DataLoader`, without augmentation. masked: whether each row has a mask."""
         return ImageTokens(self.tokens(split), self.processor, masked=masked, seed=self.seed)
 
-    def training_rows(self, masked: bool):
-        """Rows of the training images, augmented as the arguments say; of a stream, this process's share of it."""
+    def training_rows(self, masked: bool) -> ImageTokens | datasets.IterableDataset:
+        """Return the rows of the training images with the requested augmentation; of a stream, this process's share."""
         args, state = self._args, PartialState()
         if self.is_stream:
-            train = endless(self.splits["train"], self.seed, state.num_processes)
+            train = repeat_stream(self.splits["train"], self.seed, state.num_processes)
             return stream_tokens(train, self.processor, args, masked, self.seed, state.process_index)
         if self.has_training_tokens:
             images = self.tokens("train")
@@ -181,49 +197,50 @@ class TrainingImages:
             images = self.splits["train"]
             if args.on_bad_image == "skip":
                 with _main_process_first():
-                    images = readable(images, args.preprocessing_num_workers)
+                    images = drop_unreadable(images, args.preprocessing_num_workers)
         augmentation = {name: getattr(args, name) for name in ("random_crop", "random_flip", "pad_crop")}
         return ImageTokens(images, self.processor, masked=masked, seed=self.seed, **augmentation)
 
 
 @contextmanager
-def _main_process_first():
-    """The main process of each machine does the work; the others then find it in the cache of `datasets`."""
+def _main_process_first() -> Iterator[None]:
+    """Let the main process of each machine do the work first; the others then find the result in the cache of `datasets`."""
     state = PartialState()
     if not state.is_local_main_process:
         state.wait_for_everyone()
     try:
         yield
-    finally:  # also if it fails, or the others would wait for it for ever; accelerate's own way has no such release
+    finally:  # after an error too, or the others would wait forever, as with accelerate's own context manager
         if state.is_local_main_process:
             state.wait_for_everyone()
 
 
-def log_distortion(palette: np.ndarray, lost: dict[str, float], what: str):
-    """Write what a palette loses, as `clusters.distortion` measures it."""
+def log_distortion(palette: np.ndarray, lost: dict[str, float], what: str) -> None:
+    """Print the distortion of a palette. lost: the result of `clusters.distortion`. what: the pixels it was measured on."""
     rmse, psnr = lost["rmse_grey_levels"], lost["psnr_db"]
     tqdm.write(f"Palette: {len(palette)} colours; on {what}: {rmse:.3f} grey levels RMSE, {psnr:.2f} dB PSNR")
 
 
-def image_size_of(args: DataArguments) -> int:
-    """Height = width, in pixels, that the arguments ask for, or the default of their source."""
+def choose_image_size(args: DataArguments) -> int:
+    """Return height = width, in pixels: the given --image_size, or the default for the source."""
     return args.image_size or (DIGITS_IMAGE_SIZE if args.is_embedded else IMAGE_SIZE)
 
 
-def _processor_for(palette: np.ndarray, args: DataArguments):
-    side = image_size_of(args)
+def _make_processor(palette: np.ndarray, args: DataArguments) -> AnyImageProcessor:
+    side = choose_image_size(args)
     return InstalledProcessor(
         clusters=palette, size={"height": side, "width": side}, do_center_crop=args.center_crop is not False
     )
 
 
-def load_processor(name: str, args: DataArguments, hub_source: dict | None = None):
-    """The image processor `name`: the folder or Hub name of one, or a bare palette (.npy, .json).
+def load_processor(name: str, args: DataArguments, hub_source: dict[str, Any] | None = None) -> AnyImageProcessor:
+    """Load an image processor from its folder or from the Hub, or make one with a palette file (.npy, .json).
 
-    A processor keeps its own size and crop unless --image_size or --center_crop say otherwise.
+    A processor keeps its own size and crop unless --image_size or --center_crop is given. hub_source: `revision` and
+    `cache_dir`. A name that holds neither is a ValueError.
     """
     if Path(name).suffix in (".npy", ".json"):
-        return _processor_for(clusters.load_palette(name), args)
+        return _make_processor(clusters.load_palette(name), args)
     processor = read_processor(name, **(hub_source or {}))
     if args.image_size:
         processor.size = SizeDict(height=args.image_size, width=args.image_size)
@@ -232,8 +249,8 @@ def load_processor(name: str, args: DataArguments, hub_source: dict | None = Non
     return processor
 
 
-def read_processor(name: str, **source):
-    """The image processor of a folder or Hub name; ValueError where there is none. source: `revision`, `cache_dir`."""
+def read_processor(name: str, **source: Any) -> AnyImageProcessor:
+    """Read the image processor in a folder or on the Hub. source: `revision`, `cache_dir`. If there is none: ValueError."""
     try:
         return InstalledProcessor.from_pretrained(name, **source)
     except OSError as error:
@@ -242,19 +259,24 @@ def read_processor(name: str, **source):
         ) from error
 
 
-def processor_of(model_name: str, config):
-    """The image processor that is saved beside a model; one that is missing or does not fit it is a ValueError."""
+def processor_of(model_name: str, config: ImageGPTConfig) -> AnyImageProcessor:
+    """Read the image processor that is saved with a model. If it is missing or does not fit the model: ValueError."""
     processor = read_processor(model_name)
     processor.check_fits(config)
     return processor
 
 
 def sample_pixels(
-    dataset, n_pixels: int, image_size: int, center_crop: bool = True, seed: int = 0, on_bad_image="error"
-):
-    """About `n_pixels` pixels (n, 3) uint8 drawn evenly from all images of a dataset of `load_images`, seeded.
+    dataset: AnyDataset,
+    n_pixels: int,
+    image_size: int,
+    center_crop: bool = True,
+    seed: int = 0,
+    on_bad_image: str = "error",
+) -> np.ndarray:
+    """Sample about `n_pixels` pixels (n, 3) uint8 evenly from all images of a dataset from `load_images`, with a seed.
 
-    Images are first brought to `image_size`, as they will be for their tokens. Fewer pixels than asked: all of them.
+    The images are first resized to `image_size`, as they are for tokenising. If they have fewer pixels, all are returned.
     """
     if isinstance(dataset, datasets.IterableDataset):
         rows = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(_STREAM_PALETTE)
@@ -262,7 +284,8 @@ def sample_pixels(
     resize = ImageGPTImageProcessorPil(size=image_size, do_center_crop=center_crop)
     rng = np.random.default_rng(seed)
     per_image = min(image_size * image_size, -(-n_pixels // len(dataset)))
-    sampled, bad = [], []
+    sampled: list[np.ndarray] = []
+    bad: list[str] = []
     for start in tqdm(range(0, len(dataset), BATCH), desc="Sampling pixels", unit="batch", leave=False, disable=None):
         indices = range(start, min(start + BATCH, len(dataset)))
         for images, reasons in read_images(dataset[start : indices.stop][IMAGE], indices, on_bad_image):

@@ -1,12 +1,13 @@
-"""Where images come from: the arguments that name them, and the splits of a source, undecoded.
+"""The sources of images: the arguments that name them, and the splits of a source, with undecoded images.
 
-Sources: scikit-learn's digits (the embedded default), a Hub dataset, folders of images, parquet files; memory-mapped from disk or
-streamed. What is in an image's cell is read by `images.py`.
+Sources are scikit-learn's digits (the embedded default), a Hub dataset, folders of images and parquet files, memory-mapped from
+disk or streamed. `images.py` decodes the cells of the image column.
 """
 
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -14,110 +15,125 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..presets import DIGITS_HELD_OUT_FRACTION, HELD_OUT_FRACTION, LABELLED_HELD_OUT_FRACTION
-from .images import image_files
+from .images import find_image_files
 
 
-IMAGE = "image"  # the name of the image column, and below of the label column, whatever the source calls them
+IMAGE = "image"  # our name for the image column, and below for the label column, whatever the source calls them
 LABEL = "label"
-_VALIDATION = ("validation", "valid", "val")  # names of such splits
-_STREAM_HELD_OUT = 1000  # images kept for evaluation from a stream without a validation split
+_VALIDATION = ("validation", "valid", "val")  # names that sources give to a validation split
+_STREAM_HELD_OUT = 1000  # images held out from a stream without a validation split
+
+AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Splits: TypeAlias = dict[str, AnyDataset]
 
 
 @dataclass
 class DataArguments:
-    """Which images, and what is done to them before they become tokens."""
+    """Which images to use, and what to do with them before they become tokens."""
 
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Dataset on the Hub, or a path `load_dataset` reads. Without it and --train_dir: the digits."
+            "help": "Dataset on the Hub, or a path that `load_dataset` reads. Without it and --train_dir: the digits."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     train_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of images (subfolders are classes, or train/ and test/ that hold these), or parquet file, folder or "
-            "glob pattern."
+            "help": "Folder of images (its subfolders are classes, or train/ and test/, which hold the classes), or parquet "
+            "file, folder or glob pattern."
         },
     )
     validation_dir: str | None = field(default=None, metadata={"help": "Like --train_dir, for the held-out images."})
     image_column_name: str | None = field(
         default=None,
-        metadata={"help": 'Column of the images. Default: "image", "img", or the first that holds images.'},
+        metadata={"help": 'Image column. Default: "image", "img", or the first column that holds images.'},
     )
     label_column_name: str | None = field(
-        default=None, metadata={"help": 'Column of the classes, if any. Default: "label", "labels" or "fine_label".'}
+        default=None, metadata={"help": 'Class column, if any. Default: "label", "labels" or "fine_label".'}
     )
     train_val_split: float | None = field(
         default=None,
-        metadata={"help": "Fraction of train held out where no validation split exists. Default: 0.04 (paper 3.1)."},
+        metadata={
+            "help": "Fraction of the training images to hold out if there is no validation split. Default: 0.04 (paper 3.1)."
+        },
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many held-out images at most."})
-    streaming: bool = field(default=False, metadata={"help": "Stream instead of downloading; needs --max_steps."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many held-out images."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Stream the images instead of downloading them; requires --max_steps."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Height = width of the token grid in pixels. Default: 32; 8 for the digits."}
     )
     center_crop: bool | None = field(
         default=None,
         metadata={
-            "help": "Crop the largest central square before resizing, so nothing is squashed. Default: as the image "
-            "processor that is named, else true."
+            "help": "Crop the largest central square before resizing, so that images keep their proportions. Default: the "
+            "setting of the given image processor, or true."
         },
     )
     random_crop: bool = field(
         default=False,
-        metadata={"help": "The paper's ImageNet crops: shorter side drawn from 256..384, random 224 x 224 crop."},
+        metadata={
+            "help": "Augment with the paper's ImageNet crops: shorter side drawn from 256..384, random 224 x 224 crop."
+        },
     )
-    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images, left to right."})
+    random_flip: bool = field(
+        default=False, metadata={"help": "Augment by mirroring half of the training images, left to right."}
+    )
     pad_crop: bool = field(
         default=False,
-        metadata={"help": "The paper's CIFAR crops: a border of 4 reflected pixels (at 32x32), random window."},
+        metadata={
+            "help": "Augment with the paper's CIFAR crops: a border of 4 reflected pixels (at 32x32), then a random window."
+        },
     )
     on_bad_image: str = field(
         default="error",
         metadata={
-            "help": "What an unreadable image does: stop with its name, or be left out.",
+            "help": "What to do with an unreadable image: stop with an error that names it, or leave it out.",
             "choices": ["error", "skip"],
         },
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
-    data_cache_dir: str | None = field(default=None, metadata={"help": "Where `datasets` keeps its cache."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes that tokenise images."}
+    )
+    data_cache_dir: str | None = field(default=None, metadata={"help": "Folder in which `datasets` keeps its cache."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.on_bad_image not in ("error", "skip"):
             raise ValueError(f"--on_bad_image is error or skip; found {self.on_bad_image!r}.")
         if self.dataset_name is not None and self.train_dir is not None:
             raise ValueError("Give --dataset_name or --train_dir, not both.")
         if self.validation_dir is not None and self.train_dir is None:
-            raise ValueError("--validation_dir goes with --train_dir.")
+            raise ValueError("--validation_dir requires --train_dir.")
         if self.streaming and self.is_embedded:
-            raise ValueError("--streaming needs --dataset_name or --train_dir; the digits are in memory.")
+            raise ValueError("--streaming requires --dataset_name or --train_dir; the digits are in memory.")
         if self.pad_crop and (self.random_crop or self.streaming):
-            raise ValueError("--pad_crop goes neither with --random_crop, another way to crop, nor with --streaming.")
+            raise ValueError("--pad_crop can be combined neither with --random_crop nor with --streaming.")
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the images are the embedded default."""
+        """Whether the images are the embedded default, the digits."""
         return self.dataset_name is None and self.train_dir is None
 
     def name(self) -> str:
-        """A name for records: no path of this machine."""
-        if self.is_embedded:
-            return "scikit-learn digits"
+        """Return the name of the images for records, which is never a path on this machine."""
         if self.dataset_name is not None:
             return self.hub_dataset() or Path(self.dataset_name).name
+        if self.train_dir is None:
+            return "scikit-learn digits"
         path = Path(self.train_dir)
         return path.parent.name if "*" in path.name else path.stem
 
     def hub_dataset(self) -> str | None:
-        """The dataset's name on the Hub, if that is where the images are from."""
+        """Return the dataset's name on the Hub, or None if the images come from elsewhere."""
         return None if self.dataset_name is None or Path(self.dataset_name).exists() else self.dataset_name
 
 
 def digits() -> datasets.Dataset:
-    """scikit-learn's 1,797 scanned digits: 8x8 grey images of 17 levels, 10 classes, in their order."""
+    """Return scikit-learn's 1,797 scanned digits in their order: 8x8 images with 17 grey levels, 10 classes."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
@@ -134,44 +150,45 @@ def digits() -> datasets.Dataset:
 
 def load_images(
     args: DataArguments, seed: int = 0, process: int = 0, num_processes: int = 1, num_workers: int = 0
-) -> dict:
-    """`{"train": …, "validation": …}`, datasets with undecoded `image` cells and, where there are labels, `label`.
+) -> Splits:
+    """Load `{"train": …, "validation": …}`, datasets with undecoded `image` cells and, if the source has labels, `label`.
 
-    A `Dataset` each, or for --streaming an `IterableDataset`, in its order, and a `Dataset`. Without a validation split, a
-    seeded part of train is held out; of a stream, its first images. Nothing found, an unknown column and a source that
-    cannot be loaded are ValueErrors.
+    Each is a `Dataset`; with --streaming, "train" is an `IterableDataset` in the order of the source. Without a validation
+    split, a random part of train, drawn with `seed`, is held out; from a stream, its first images. An empty source, an
+    unknown column and a source that cannot be loaded are ValueErrors.
 
-    Of a stream, "train" is the share of `process` of `num_processes`: whole files if they divide evenly, else every
-    k-th image. Shares are disjoint and together the stream. num_workers: those of the `DataLoader` it is for; more
-    than one, of a stream whose beginning is cut off, is a ValueError: each would cut off its own beginning.
+    With --streaming, "train" is the share of process number `process` of `num_processes`: whole files if they divide evenly,
+    or else every k-th image. The shares are disjoint and together make up the stream. num_workers: the workers of the
+    `DataLoader` that will read it; more than one is a ValueError if the first images of the stream are left out, because
+    each worker would leave out its own first images.
     """
     raw = _load_raw(args)
-    splits = {name: _standard_columns(raw[name], args) for name in ("train", "validation") if name in raw}
+    splits: Splits = {name: _standardize_columns(raw[name], args) for name in ("train", "validation") if name in raw}
     if args.streaming:
-        return _streaming_splits(splits, args, process, num_processes, num_workers)
+        return _split_stream(splits, args, process, num_processes, num_workers)
     if "validation" not in splits:
         splits["train"], splits["validation"] = _hold_out(splits["train"], args, seed)
-    return _limited(splits, args, seed)
+    return _limit_sizes(splits, args, seed)
 
 
-def load_labelled_images(args: DataArguments, seed: int = 0) -> dict:
-    """`{"train": …, "validation": …, "test": …}`, datasets with undecoded `image` cells and `label`s of train's classes.
+def load_labelled_images(args: DataArguments, seed: int = 0) -> dict[str, datasets.Dataset]:
+    """Load `{"train": …, "validation": …, "test": …}`, datasets with undecoded `image` cells and the `label`s of train's classes.
 
-    test: the source's labelled test split, or else its validation split, or else the part that `load_images` holds out for
-    the same seed, which a model pretrained with that seed has not seen. validation: the source's where that is not the
-    test, else a tenth of train [V2 3.1], seeded. Images without labels, classes that train does not have, and a single
-    class are ValueErrors.
+    test: the source's labelled test split, or its validation split, or the part that `load_images` holds out for the same
+    seed, which a model pretrained with that seed has not seen. validation: the source's own, unless that is the test split,
+    or a tenth of train [V2 3.1], drawn with `seed`. Images without labels, classes that train does not have, and fewer than
+    two classes are ValueErrors.
     """
     if args.streaming:
         raise ValueError("Labelled images are not streamed: leave --streaming out.")
-    splits = {name: _standard_columns(split, args) for name, split in _load_raw(args).items()}
+    splits = {name: _standardize_columns(split, args) for name, split in _load_raw(args).items()}
     if LABEL not in splits["train"].features:
         raise ValueError(
             f"The images of {args.name()} have no labels: name their column by --label_column_name, or sort the image files "
-            "into one folder for each class."
+            "into one folder per class."
         )
     if args.validation_dir is not None and not _is_labelled(splits["validation"]):
-        raise ValueError(f"The images of --validation_dir have no labels as those of {args.name()} have.")
+        raise ValueError(f"The images of --validation_dir have no labels, unlike those of {args.name()}.")
     if not _is_labelled(splits.get("test")):
         splits.pop("test", None)
         if _is_labelled(splits.get("validation")):
@@ -179,19 +196,19 @@ def load_labelled_images(args: DataArguments, seed: int = 0) -> dict:
         else:
             splits.pop("validation", None)
             splits["train"], splits["test"] = _hold_out(splits["train"], args, seed)
-    names = _class_names(splits["train"])
-    splits = {split: _with_classes(dataset, names, split) for split, dataset in splits.items()}
+    names = _find_class_names(splits["train"])
+    splits = {split: _set_classes(dataset, names, split) for split, dataset in splits.items()}
     if "validation" not in splits:
         n_held_out = round(len(splits["train"]) * LABELLED_HELD_OUT_FRACTION)
         counts = np.bincount(splits["train"][LABEL], minlength=len(names))
         stratify = LABEL if counts.min() >= 2 and n_held_out >= len(names) else None
         parts = splits["train"].train_test_split(max(1, n_held_out), seed=seed, stratify_by_column=stratify)
         splits["train"], splits["validation"] = parts["train"], parts["test"]
-    return _limited({split: splits[split] for split in ("train", "validation", "test")}, args, seed)
+    return _limit_sizes({split: splits[split] for split in ("train", "validation", "test")}, args, seed)
 
 
-def _hold_out(dataset: datasets.Dataset, args: DataArguments, seed: int):
-    """(train, held out) of a dataset without a validation split."""
+def _hold_out(dataset: datasets.Dataset, args: DataArguments, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split a dataset without a validation split into (train, held out)."""
     default = DIGITS_HELD_OUT_FRACTION if args.is_embedded else HELD_OUT_FRACTION
     fraction = default if args.train_val_split is None else args.train_val_split
     n_images = len(dataset)
@@ -203,8 +220,8 @@ def _hold_out(dataset: datasets.Dataset, args: DataArguments, seed: int):
     return parts["train"], parts["test"]
 
 
-def _limited(splits: dict, args: DataArguments, seed: int) -> dict:
-    """Splits of at most as many images as the arguments allow, drawn at random."""
+def _limit_sizes(splits: Splits, args: DataArguments, seed: int) -> Splits:
+    """Reduce each split to the number of images that the arguments allow, drawn at random."""
     limits = dict.fromkeys(splits, args.max_eval_samples) | {"train": args.max_train_samples}
     for split, limit in limits.items():
         if limit is not None and limit < len(splits[split]):
@@ -212,38 +229,39 @@ def _limited(splits: dict, args: DataArguments, seed: int) -> dict:
     return splits
 
 
-def _is_labelled(dataset) -> bool:
-    """Whether there is a dataset with labels; −1 and nothing are what Hub datasets hold where labels are withheld."""
+def _is_labelled(dataset: datasets.Dataset | None) -> bool:
+    """Whether there is a dataset with labels; Hub datasets hold −1 or None for labels that are withheld."""
     return (
         dataset is not None and LABEL in dataset.features and any(label not in (-1, None) for label in dataset[LABEL])
     )
 
 
-def _label_names(dataset) -> list:
-    """The class name of every image, None where it has none."""
+def _read_labels(dataset: datasets.Dataset) -> list[str | None]:
+    """Return the class name of every image, None for an image without a label."""
     feature, labels = dataset.features[LABEL], dataset[LABEL]
     if isinstance(feature, datasets.ClassLabel):
         return [None if label in (None, -1) else feature.names[label] for label in labels]
     return [None if label is None else str(label) for label in labels]
 
 
-def _class_names(dataset) -> list[str]:
+def _find_class_names(dataset: datasets.Dataset) -> list[str]:
     feature = dataset.features[LABEL]
     if isinstance(feature, datasets.ClassLabel):
         names = feature.names
     elif getattr(feature, "dtype", "").startswith(("int", "uint", "string", "large_string", "bool")):
-        names = sorted({label for label in dataset[LABEL] if label is not None})
-        names = [str(name) for name in names]
+        names = [str(label) for label in sorted({label for label in dataset[LABEL] if label is not None})]
     else:
-        raise ValueError(f"The labels are {feature}: classes are integers or strings, one an image.")
+        raise ValueError(f"The labels are {feature}: classes are integers or strings, one per image.")
     if len(names) < 2:
-        raise ValueError(f"The images have {len(names)} class{'' if names else 'es'}; classification needs 2 at least.")
+        raise ValueError(
+            f"The images have {len(names)} class{'' if names else 'es'}; classification requires at least 2."
+        )
     return names
 
 
-def _with_classes(dataset: datasets.Dataset, names: list[str], split: str) -> datasets.Dataset:
-    """`dataset` with its labels as `ClassLabel` of `names`."""
-    found = _label_names(dataset)
+def _set_classes(dataset: datasets.Dataset, names: list[str], split: str) -> datasets.Dataset:
+    """Return `dataset` with its labels as `ClassLabel` with the class names `names`."""
+    found = _read_labels(dataset)
     for row, name in enumerate(found):
         if name is None:
             raise ValueError(f"Image {row} of the {split} split has no label: leave it out.")
@@ -252,21 +270,21 @@ def _with_classes(dataset: datasets.Dataset, names: list[str], split: str) -> da
     feature = datasets.ClassLabel(names=names)
     if dataset.features[LABEL] == feature:
         return dataset
-    labels = [names.index(name) for name in found]
+    labels = [names.index(str(name)) for name in found]
     return dataset.remove_columns(LABEL).add_column(LABEL, labels, feature=feature)
 
 
-def _load_raw(args: DataArguments) -> dict:
-    if args.is_embedded:
-        return {"train": digits()}
+def _load_raw(args: DataArguments) -> Splits:
     options = {"streaming": args.streaming, "cache_dir": args.data_cache_dir}
     try:
         if args.dataset_name is not None:
             raw = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **options)
-        else:
+        elif args.train_dir is not None:
             raw = _load_files(args.train_dir, options)
             if args.validation_dir is not None:
                 raw["validation"] = _load_files(args.validation_dir, options)["train"]
+        else:
+            return {"train": digits()}
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         source = args.dataset_name or args.train_dir
         raise ValueError(f"No images could be loaded from {source}: {error}") from error
@@ -280,20 +298,16 @@ def _load_raw(args: DataArguments) -> dict:
     return splits
 
 
-def _load_files(place: str, options: dict) -> dict:
-    """Splits found at `place`: by name in a folder of parquet files, else all of it as "train"."""
+def _load_files(place: str, options: dict[str, Any]) -> Splits:
+    """Load the splits at `place`: by their names if it is a folder of parquet files or of splits, or else all as "train"."""
     path = Path(place)
     if path.is_dir() and any(path.rglob("*.parquet")):
         splits = datasets.load_dataset("parquet", data_dir=place, **options)
     elif path.is_dir():
-        if not image_files(path):
+        if not find_image_files(path):
             raise ValueError("the folder holds no image files.")
         named = {entry.name for entry in path.iterdir() if entry.is_dir()}
-        if "train" in named and named <= {
-            "train",
-            "test",
-            *_VALIDATION,
-        }:  # splits, in which the folders are the classes
+        if "train" in named and named <= {"train", "test", *_VALIDATION}:  # splits, whose folders are the classes
             splits = datasets.load_dataset("imagefolder", data_dir=place, **options)
         else:
             splits = datasets.load_dataset("imagefolder", data_files={"train": str(path / "**")}, **options)
@@ -304,7 +318,7 @@ def _load_files(place: str, options: dict) -> dict:
     return dict(splits)
 
 
-def _standard_columns(dataset, args: DataArguments):
+def _standardize_columns(dataset: AnyDataset, args: DataArguments) -> AnyDataset:
     """Rename the image and label columns to `image` and `label`, drop the others, and leave images undecoded."""
     if dataset.features is None:
         dataset = dataset._resolve_features()
@@ -329,13 +343,13 @@ def _standard_columns(dataset, args: DataArguments):
     return dataset
 
 
-def _streaming_splits(splits: dict, args: DataArguments, process: int, num_processes: int, num_workers: int) -> dict:
+def _split_stream(splits: Splits, args: DataArguments, process: int, num_processes: int, num_workers: int) -> Splits:
     train, validation = splits["train"], splits.get("validation")
     is_cut = validation is None or args.max_train_samples is not None
     if is_cut and num_workers > 1:
         raise ValueError(
-            f"--dataloader_num_workers {num_workers}: a stream whose first images are held out, or that --max_train_samples "
-            "limits, is read by one worker. Name --validation_dir or a dataset with a validation split, or lower it to 1."
+            f"--dataloader_num_workers {num_workers}: only one worker can read a stream whose first images are held out, or "
+            "that --max_train_samples limits. Name --validation_dir or a dataset with a validation split, or lower it to 1."
         )
     if validation is None:
         n_held_out = args.max_eval_samples or _STREAM_HELD_OUT
@@ -346,13 +360,13 @@ def _streaming_splits(splits: dict, args: DataArguments, process: int, num_proce
         train = train.take(args.max_train_samples)
     n_first = sum(1 for _ in train.take(num_processes))
     rows = list(tqdm(validation, desc="Reading held-out images", unit="image", disable=None))
-    if not rows or n_first < num_processes:  # said by all processes alike
+    if not rows or n_first < num_processes:  # every process raises this
         raise ValueError(
-            f"The stream is too short: {len(rows)} images are held out, and {n_first} left for training by {num_processes} "
-            "processes, of which each needs one at least."
+            f"The stream is too short: {len(rows)} images are held out, and {n_first} are left for training with "
+            f"{num_processes} processes, each of which needs at least one."
         )
     if not is_cut and train.num_shards % num_processes == 0:
         train = train.shard(num_processes, process)
-    elif num_processes > 1:  # all read, none decoded but its own
+    elif num_processes > 1:  # a process reads all images and decodes only its own
         train = train.filter(lambda row, index: index % num_processes == process, with_indices=True)
     return {"train": train, "validation": datasets.Dataset.from_list(rows, features=validation.features)}

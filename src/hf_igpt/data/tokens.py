@@ -1,20 +1,24 @@
 """Images as tokens: cached on disk, as rows of a dataset with augmentation and masks, as a stream, in batches.
 
-Without random crops, images are tokenised once and `datasets` caches the tokens on disk as uint8 or uint16; with them, each image is
-cropped and tokenised each time it is read.
+Without random crops, images are tokenised once and `datasets` caches the tokens on disk as uint8 or uint16. With random crops, an
+image is cropped and tokenised every time it is read.
 """
 
 import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 import PIL
 import torch
 import transformers
+from PIL.Image import Image
 from pyarrow.compute import struct_field
 from tqdm.auto import tqdm
 
 from ..clusters import lookup_table
+from ..image_processing_imagegpt import AnyImageProcessor
 from ..presets import IMAGE_SIZE, MASK_PROBABILITY, PAD_CROP_PIXELS
 from .images import random_crop, read_images, report_bad_images
 from .sources import IMAGE, LABEL, DataArguments
@@ -22,44 +26,59 @@ from .sources import IMAGE, LABEL, DataArguments
 
 TOKENS = "input_ids"
 MASK = "bool_masked_pos"
-_CACHE_VERSION = 1  # raise it when the same image and processor give other tokens
+_CACHE_VERSION = 1  # to be raised when the same image and processor give other tokens
 SHUFFLE_BUFFER = 10_000  # images in the shuffle buffers of a stream, over all processes
 BATCH = 32  # images tokenised between two writes to the cache
 
+Row: TypeAlias = dict[str, Any]  # a row of `ImageTokens`
 
-def tokens_of_cells(processor, *cells_and_options, **options):
-    """Tokens of the readable cells, a list of (N,) int64, and for every cell the reason it is not readable, or "".
 
-    Further arguments are those of `read_images`.
+def tokenize_cells(
+    processor: AnyImageProcessor,
+    cells: Iterable[Any],
+    indices: Iterable[int],
+    on_bad_image: str,
+    then: Callable[[Image, int], Image] = lambda image, index: image,
+) -> tuple[list[np.ndarray], list[str]]:
+    """Tokenise the readable cells: a list of (N,) int64, and for every cell the reason why it is unreadable, or "".
+
+    The arguments other than `processor` are those of `read_images`.
     """
-    tokens, all_reasons = [], []
-    for images, reasons in read_images(*cells_and_options, **options):
+    tokens: list[np.ndarray] = []
+    all_reasons: list[str] = []
+    for images, reasons in read_images(cells, indices, on_bad_image, then):
         tokens += list(processor(images)[TOKENS]) if images else []
         all_reasons += reasons
     return tokens, all_reasons
 
 
-def tokenize(dataset: datasets.Dataset, processor, on_bad_image: str = "error", num_proc: int | None = None, desc=None):
-    """Tokens of a dataset of `load_images`: column `input_ids` of uint8 or uint16 (N,), `label` kept.
+def tokenize(
+    dataset: datasets.Dataset,
+    processor: AnyImageProcessor,
+    on_bad_image: str = "error",
+    num_proc: int | None = None,
+    desc: str | None = None,
+) -> datasets.Dataset:
+    """Tokenise a dataset from `load_images`: the column `input_ids` holds uint8 or uint16 (N,), and `label` is kept.
 
-    Cached on disk by `datasets`, keyed by the images and the processor. Unreadable images stop it, or with "skip" are
-    left out and reported.
+    `datasets` caches the result on disk, keyed by the images and the processor. An unreadable image is a ValueError; with
+    `on_bad_image="skip"` it is left out and reported. num_proc: processes that share the work. desc: the progress bar's title.
     """
     n_tokens = int(np.prod(processor.token_grid()))
-    dtype = "uint8" if len(processor.clusters) <= 256 else "uint16"
+    dtype = "uint8" if len(processor.palette) <= 256 else "uint16"
     features = {TOKENS: datasets.List(datasets.Value(dtype), length=n_tokens), "bad": datasets.Value("string")}
     if LABEL in dataset.features:
         features[LABEL] = dataset.features[LABEL]
 
-    def to_tokens(batch, indices):
-        rows, reasons = tokens_of_cells(processor, batch[IMAGE], indices, on_bad_image)
+    def to_tokens(batch: dict[str, Any], indices: list[int]) -> dict[str, Any]:
+        rows, reasons = tokenize_cells(processor, batch[IMAGE], indices, on_bad_image)
         tokens = np.zeros((len(reasons), n_tokens), dtype)
         if rows:
             tokens[[not reason for reason in reasons]] = rows
         return {TOKENS: tokens, "bad": reasons}
 
     if num_proc is not None:
-        lookup_table(processor.clusters)  # before the processes part, which then share it
+        lookup_table(processor.palette)  # built before the processes fork, which then share it
     dataset = dataset.map(
         to_tokens,
         batched=True,
@@ -72,19 +91,19 @@ def tokenize(dataset: datasets.Dataset, processor, on_bad_image: str = "error", 
         desc=desc or "Tokenising",
     )
     if on_bad_image == "skip":
-        dataset = _without_bad(dataset, dataset["bad"])
+        dataset = _drop_bad_rows(dataset, dataset["bad"])
     return dataset.remove_columns("bad")
 
 
-def _cache_key(dataset, *of_the_work) -> str:
-    """Fingerprint of what is made from a dataset's images: of them, of the work done, and of the code that does it."""
+def _cache_key(dataset: datasets.Dataset, *work: object) -> str:
+    """Return the fingerprint of a result computed from images: of the images, the work's options and the code's versions."""
     versions = (_CACHE_VERSION, PIL.__version__, transformers.__version__)
-    key = (dataset._fingerprint, _states_of_files(dataset), of_the_work, versions)
+    key = (dataset._fingerprint, _describe_files(dataset), work, versions)
     return datasets.fingerprint.Hasher.hash(key)
 
 
-def _without_bad(dataset, reasons: list[str]):
-    """`dataset` without the rows that have a reason why they cannot be read; these are reported."""
+def _drop_bad_rows(dataset: datasets.Dataset, reasons: list[str]) -> datasets.Dataset:
+    """Return `dataset` without the rows that have a reason why they cannot be read, and report these."""
     bad = [reason for reason in reasons if reason]
     if not bad:
         return dataset
@@ -92,8 +111,8 @@ def _without_bad(dataset, reasons: list[str]):
     return dataset.select([row for row, reason in enumerate(reasons) if not reason])
 
 
-def _states_of_files(dataset) -> str:
-    """Path, size and time of change of the files that cells name, for the key of the cache: their table has not changed."""
+def _describe_files(dataset: datasets.Dataset) -> str:
+    """Return path, size and modification time of the files that cells name: a changed file does not change the dataset's table."""
     cells = dataset[:1][IMAGE]
     if not cells or not isinstance(cells[0], dict) or cells[0].get("bytes") is not None:
         return ""
@@ -102,56 +121,67 @@ def _states_of_files(dataset) -> str:
         try:
             state = os.stat(path)
             states.append(f"{path}\0{state.st_size}\0{state.st_mtime_ns}")
-        except (OSError, TypeError):  # a name within an archive, or none
+        except (OSError, TypeError):  # a name within an archive, or None
             states.append(str(path))
     return "\n".join(states)  # one string: a list of thousands is slow to hash
 
 
-def token_array(dataset) -> np.ndarray:
-    """All tokens of a tokenised dataset as one array (n, N) of uint16."""
+def token_array(dataset: datasets.Dataset) -> np.ndarray:
+    """Return all tokens of a tokenised dataset as one array (n, N) of uint16."""
     return np.asarray(dataset.with_format("numpy", columns=[TOKENS], dtype=np.uint16)[:][TOKENS])
 
 
-class ImageTokens(torch.utils.data.Dataset):
-    """Rows `{"input_ids": (N,)}` for a `DataLoader`, with the augmentation and the masks that are drawn anew each epoch.
+class ImageTokens(torch.utils.data.Dataset[Row]):
+    """Rows `{"input_ids": (N,)}` for a `DataLoader`, with augmentation and masks that are drawn anew in every epoch.
 
-    dataset: of `tokenize` (pad-and-crop and flips, on the tokens: a moved small image has moved tokens), or of
-    `load_images` where `random_crop`. Rows have a `label` where it has one, and with `masked` a `bool_masked_pos` (N,), True
-    where a pixel is hidden [V2 2.1]. What is drawn depends on (seed, epoch, index) alone, so it is the same on any number
-    of processes and workers (not persistent ones, which never learn of a new epoch), and after a resume.
+    dataset: from `tokenize`, or, with `random_crop`, from `load_images`. pad_crop and random_flip work on tokens, because
+    moving the pixels of a small image moves its tokens. Rows have a `label` if the dataset does, and with `masked` a
+    `bool_masked_pos` (N,), True where a pixel is hidden [V2 2.1]. Random draws depend only on (seed, epoch, index), so they
+    are the same for any number of processes and workers, and after resuming. Persistent workers are not supported, because
+    they do not learn of a new epoch.
     """
 
-    def __init__(self, dataset, processor, random_crop=False, random_flip=False, pad_crop=False, masked=False, seed=0):
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        processor: AnyImageProcessor,
+        random_crop: bool = False,
+        random_flip: bool = False,
+        pad_crop: bool = False,
+        masked: bool = False,
+        seed: int = 0,
+    ) -> None:
         self.processor, self.random_crop, self.random_flip = processor, random_crop, random_flip
         self.pad_crop, self.masked, self.seed, self.epoch = pad_crop, masked, seed, 0
         self.width = processor.token_grid()[1]
         self.labels = np.asarray(dataset[LABEL]) if LABEL in dataset.column_names else None
         self.dataset = dataset if random_crop else dataset.with_format("numpy", columns=[TOKENS], dtype=np.uint16)
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose draws the rows have."""
         self.epoch = epoch
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Row:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices):
+    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
         if self.random_crop:
             cells = self.dataset[indices][IMAGE]
             crop = lambda image, index: random_crop(image, self._rng(index))  # noqa: E731
-            tokens = np.stack(tokens_of_cells(self.processor, cells, indices, "error", then=crop)[0])
+            tokens = np.stack(tokenize_cells(self.processor, cells, indices, "error", then=crop)[0])
         else:
             tokens = np.asarray(self.dataset[indices][TOKENS])  # (B, N)
         if self.pad_crop:
             tokens = np.stack(
-                [_pad_cropped(row, self.width, self._rng(i, 2)) for row, i in zip(tokens, indices, strict=True)]
+                [_pad_and_crop(row, self.width, self._rng(i, 2)) for row, i in zip(tokens, indices, strict=True)]
             )
         if self.random_flip:
             flip = np.array([self._rng(index, 1).random() < 0.5 for index in indices])
-            tokens = _mirrored(tokens, self.width, flip)
-        rows = [{TOKENS: row} for row in tokens]
+            tokens = _mirror(tokens, self.width, flip)
+        rows: list[Row] = [{TOKENS: row} for row in tokens]
         for row, index in zip(rows, indices, strict=True):
             if self.labels is not None:
                 row[LABEL] = self.labels[index]
@@ -163,14 +193,14 @@ class ImageTokens(torch.utils.data.Dataset):
         return np.random.default_rng((self.seed, self.epoch, int(index), draw))
 
 
-def _mirrored(tokens: np.ndarray, width: int, which: np.ndarray) -> np.ndarray:
-    """Tokens (B, N) with the rows of the images in `which` (B,) read from right to left."""
+def _mirror(tokens: np.ndarray, width: int, which: np.ndarray) -> np.ndarray:
+    """Mirror the images of `tokens` (B, N) for which `which` (B,) is True, left to right."""
     grid = tokens.reshape(len(tokens), -1, width)
     return np.where(which[:, None, None], grid[:, :, ::-1], grid).reshape(tokens.shape)
 
 
-def _pad_cropped(tokens: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Tokens (N,) of an image after a border of reflected pixels and a random window of the old size [V2 3.1]."""
+def _pad_and_crop(tokens: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Add a border of reflected pixels to an image of tokens (N,), and cut out a random window of its old size [V2 3.1]."""
     grid = tokens.reshape(-1, width)
     border = max(1, round(PAD_CROP_PIXELS * width / IMAGE_SIZE))
     top, left = rng.integers(0, 2 * border + 1, size=2)
@@ -178,10 +208,10 @@ def _pad_cropped(tokens: np.ndarray, width: int, rng: np.random.Generator) -> np
     return padded[top : top + len(grid), left : left + width].reshape(-1)
 
 
-def readable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets.Dataset:
-    """`dataset` without the images that cannot be decoded, which are reported. Cached like `tokenize`."""
+def drop_unreadable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets.Dataset:
+    """Return `dataset` without the images that cannot be decoded, and report these. Cached like `tokenize`."""
 
-    def check(batch, indices):
+    def check(batch: dict[str, Any], indices: list[int]) -> dict[str, Any]:
         return {"bad": [reason for _, reasons in read_images(batch[IMAGE], indices, "skip") for reason in reasons]}
 
     checked = dataset.map(
@@ -194,14 +224,14 @@ def readable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets
         new_fingerprint=_cache_key(dataset, "readable"),
         desc="Checking images",
     )
-    return _without_bad(dataset, checked["bad"])
+    return _drop_bad_rows(dataset, checked["bad"])
 
 
-def endless(dataset: datasets.IterableDataset, seed: int = 0, num_processes: int = 1) -> datasets.IterableDataset:
-    """A process's share of a stream, of `load_images`, again and again, each pass in another order.
+def repeat_stream(dataset: datasets.IterableDataset, seed: int = 0, num_processes: int = 1) -> datasets.IterableDataset:
+    """Repeat a process's share of a stream from `load_images` endlessly, each pass in another order.
 
-    Repeated, then shuffled: one endless epoch, through which a resumed run skips to where it was. The buffer holds one pass
-    at most, which is counted for it, up to 10,000 images.
+    The stream is repeated, then shuffled, which makes one endless epoch, and a resumed run skips what it has already read.
+    The shuffle buffer holds at most one pass, whose images are counted first, and at most 10,000 images over all processes.
     """
     n_images = sum(1 for _ in dataset.take(max(1, SHUFFLE_BUFFER // num_processes)))
     return dataset.repeat(None).shuffle(seed=seed, buffer_size=n_images)
@@ -209,31 +239,31 @@ def endless(dataset: datasets.IterableDataset, seed: int = 0, num_processes: int
 
 def stream_tokens(
     dataset: datasets.IterableDataset,
-    processor,
+    processor: AnyImageProcessor,
     args: DataArguments,
     masked: bool = False,
     seed: int = 0,
     process: int = 0,
-):
-    """A stream of images -> a stream of rows as `ImageTokens` gives, augmented and masked.
+) -> datasets.IterableDataset:
+    """Turn a stream of images into a stream of rows like those of `ImageTokens`, augmented and masked.
 
-    What is drawn depends on the seed, the process, the `DataLoader`'s worker and the place in its stream alone, so that a
-    resumed run, which reads again what was read, draws the same.
+    Random draws depend only on the seed, the process, the `DataLoader`'s worker and the position in its stream, so a resumed
+    run, which reads the stream from its beginning, draws the same.
     """
     width = processor.token_grid()[1]
 
-    def to_tokens(batch, indices):
+    def to_tokens(batch: dict[str, Any], indices: list[int]) -> dict[str, Any]:
         worker = torch.utils.data.get_worker_info()
         rng = np.random.default_rng((seed, process, worker.id if worker else 0, indices[0]))
         crop = {"then": lambda image, index: random_crop(image, rng)} if args.random_crop else {}
-        tokens, reasons = tokens_of_cells(processor, batch[IMAGE], indices, args.on_bad_image, **crop)
+        found, reasons = tokenize_cells(processor, batch[IMAGE], indices, args.on_bad_image, **crop)
         for reason in filter(None, reasons):
             tqdm.write(f"Left out {reason}")
-        if not tokens:
+        if not found:
             return {TOKENS: []} | ({MASK: []} if masked else {})
-        tokens = np.stack(tokens)
+        tokens = np.stack(found)
         if args.random_flip:
-            tokens = _mirrored(tokens, width, rng.random(len(tokens)) < 0.5)
+            tokens = _mirror(tokens, width, rng.random(len(tokens)) < 0.5)
         masks = {MASK: list(rng.random(tokens.shape) < MASK_PROBABILITY)} if masked else {}
         return {TOKENS: list(tokens)} | masks
 
@@ -241,17 +271,23 @@ def stream_tokens(
     return dataset.map(to_tokens, batched=True, batch_size=BATCH, with_indices=True, remove_columns=columns)
 
 
-def _batch(rows, name: str) -> torch.Tensor:
+def _stack(rows: Sequence[Row], name: str) -> torch.Tensor:
     return torch.from_numpy(np.stack([row[name] for row in rows]))
 
 
-def collate_tokens(rows) -> dict[str, torch.Tensor]:
-    """Rows of `ImageTokens` -> `{"labels": (B, N) int64}`, all a causal model is trained with, and a masked one's masks."""
-    batch = {"labels": _batch(rows, TOKENS).long()}
-    return batch | {MASK: _batch(rows, MASK)} if MASK in rows[0] else batch
+def collate_tokens(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Make a batch for pretraining from rows of `ImageTokens`.
+
+    Returns `{"labels": (B, N) int64}`, and for a masked model also `bool_masked_pos` (B, N).
+    """
+    batch = {"labels": _stack(rows, TOKENS).long()}
+    return batch | {MASK: _stack(rows, MASK)} if MASK in rows[0] else batch
 
 
-def collate_classified(rows) -> dict[str, torch.Tensor]:
-    """Rows of `ImageTokens` with labels -> `{"input_ids": (B, N), "labels": (B,)}` int64, and a masked model's masks."""
-    batch = {TOKENS: _batch(rows, TOKENS).long(), "labels": _batch(rows, LABEL).long()}
-    return batch | {MASK: _batch(rows, MASK)} if MASK in rows[0] else batch
+def collate_classified(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+    """Make a batch for classification from labelled rows of `ImageTokens`.
+
+    Returns `{"input_ids": (B, N), "labels": (B,)}` int64, and for a masked model also `bool_masked_pos` (B, N).
+    """
+    batch = {TOKENS: _stack(rows, TOKENS).long(), "labels": _stack(rows, LABEL).long()}
+    return batch | {MASK: _stack(rows, MASK)} if MASK in rows[0] else batch

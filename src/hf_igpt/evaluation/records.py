@@ -189,7 +189,7 @@ def fields_of_model(config) -> dict[str, Any]:
 
 def fields_of_images(dataset: str, processor, classes: int | None = None) -> dict[str, Any]:
     """What records say of images and of the processor that makes tokens of them."""
-    grid = {"image_size": processor.token_grid(), "colors": len(processor.clusters)}
+    grid = {"image_size": processor.token_grid(), "colors": len(processor.palette)}
     return {"dataset": dataset} | grid | {"classes": classes}
 
 

@@ -130,7 +130,7 @@ def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, li
         config.save_pretrained(staged)
         processor.auto_map = PROCESSOR_AUTO_MAP
         processor.save_pretrained(staged)
-        plots.palette_picture(processor.clusters).save(staged / "palette.png")
+        plots.palette_picture(processor.palette).save(staged / "palette.png")
         pictures = copy_pictures(model_dir, staged, config.objective)
         recipe = run.get("recipe", {})
         (staged / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")

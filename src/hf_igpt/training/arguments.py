@@ -1,11 +1,12 @@
 """The arguments of training: dataclasses whose defaults are the paper's recipes, resolved once against model and images.
 
-A default of None means "from the preset". `RecipeArguments.resolve` replaces every None before the Trainer is built; nothing changes
-an argument after that.
+A default of None means "from the preset". `RecipeArguments.resolve` replaces every None before the Trainer is built, and nothing
+changes an argument after that. Annotations are those of resolved values.
 """
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -25,12 +26,12 @@ from ..presets import (
 )
 
 
-WARMUP_SHARE = 0.1  # the longest warm-up, as a fraction of training, unless an argument says otherwise
+WARMUP_SHARE = 0.1  # the longest default warm-up, as a fraction of training
 
 
 @dataclass
 class ModelArguments:
-    """Which model, and with which palette."""
+    """Which model to train, and with which palette."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to start from. Default: a new model of --size."}
@@ -41,98 +42,111 @@ class ModelArguments:
     image_processor_name: str | None = field(
         default=None,
         metadata={
-            "help": "Image processor (folder or Hub name) or palette (.npy, .json). Default: fitted to the images."
+            "help": "Image processor (folder or Hub name) or palette file (.npy, .json). Default: a palette is fitted to "
+            "the training images."
         },
     )
     num_colors: int | None = field(
-        default=None, metadata={"help": "Colours K of a palette fitted here. Default: 512; 16 for the digits."}
+        default=None, metadata={"help": "Number of colours K of the palette to fit. Default: 512; 16 for the digits."}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention: eager, sdpa, flash_attention_2, flex_attention. Default: sdpa."}
+        default=None,
+        metadata={"help": "Attention implementation: eager, sdpa, flash_attention_2 or flex_attention. Default: sdpa."},
     )
     model_revision: str = field(default="main", metadata={"help": "Revision of the checkpoint: branch, tag or commit."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded checkpoints are kept."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder in which downloaded checkpoints are kept."})
 
-    def hub_source(self) -> dict:
-        """What `from_pretrained` needs to find the checkpoint on the Hub."""
+    def hub_source(self) -> dict[str, Any]:
+        """Return the arguments with which `from_pretrained` finds the checkpoint on the Hub."""
         return {"revision": self.model_revision, "cache_dir": self.cache_dir}
 
-    def attention(self) -> dict:
-        """What `from_pretrained` and `_from_config` are given to choose the attention."""
+    def attention(self) -> dict[str, Any]:
+        """Return the arguments with which `from_pretrained` and `_from_config` choose the attention implementation."""
         return {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
 
-    def identity(self) -> dict:
-        """The arguments that decide the starting weights and the palette; a resumed run must have the same."""
-        changes_nothing = (
-            "cache_dir",
-            "attn_implementation",
-            "config_overrides",
-        )  # the last: compared as a configuration
+    def identity(self) -> dict[str, Any]:
+        """Return the arguments that decide the initial weights and the palette; they must not change when a run resumes."""
+        # config_overrides are compared as part of the configuration.
+        changes_nothing = ("cache_dir", "attn_implementation", "config_overrides")
         return {name: value for name, value in vars(self).items() if name not in changes_nothing}
 
 
 @dataclass
 class RecipeArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with what pretraining and fine-tuning have in common."""
+    """transformers' `TrainingArguments` with the arguments that pretraining and fine-tuning share."""
 
+    output_dir: str = field(default="outputs", metadata={"help": "Folder to write everything to."})
     size: str = field(
         default="tiny",
-        metadata={"help": "Shape and recipe; any flag overrides a part of it.", "choices": list(SIZES)},
+        metadata={"help": "Preset for shape and recipe; other flags override parts of it.", "choices": list(SIZES)},
     )
     objective: str | None = field(
         default=None,
         metadata={
-            "help": "causal: each pixel from those before it. masked: hidden pixels from all others, as BERT. Default: the "
-            "checkpoint's, or causal.",
+            "help": "What to predict. causal: each pixel from those before it. masked: hidden pixels from all others, as in "
+            "BERT. Default: the checkpoint's, or causal.",
             "choices": ["causal", "masked"],
         },
     )
     max_minutes: float | None = field(
         default=None,
-        metadata={"help": "Stop after this many minutes; a cosine decays by the clock if that is ahead of the steps."},
+        metadata={
+            "help": "Stop after this many minutes. A cosine schedule follows the clock if it is ahead of the steps."
+        },
     )
-    warmup_steps: float | None = field(
+    warmup_steps: float = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Steps of linear warm-up, or a fraction of all. Default: --warmup_epochs."}
     )
     warmup_epochs: float | None = field(
         default=None,
         metadata={"help": "Epochs of linear warm-up. Default: 1 (paper A.1), but at most a tenth of training."},
     )
-    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: the preset's."})
-    per_device_train_batch_size: int | None = field(
+    learning_rate: float = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Peak learning rate. Default: the preset's."}
+    )
+    per_device_train_batch_size: int = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Images per process and forward pass. Default: the preset's batch over processes and accumulation."
+            "help": "Images per process and forward pass. Default: the preset's batch, divided by processes and "
+            "accumulation steps."
         },
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per process in evaluation."})
-    num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs. Default: the preset's."})
-    max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps. Default: the preset's."})
+    num_train_epochs: float = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Epochs. Default: the preset's."}
+    )
+    max_steps: int = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Optimiser steps. Default: the preset's."}
+    )
     adam_beta1: float = field(default=ADAM_BETAS[0], metadata={"help": "Adam's first beta (paper A.1)."})
     adam_beta2: float = field(default=ADAM_BETAS[1], metadata={"help": "Adam's second beta (paper A.1)."})
     weight_decay: float = field(default=WEIGHT_DECAY, metadata={"help": "Weight decay (paper A.1: none)."})
-    eval_steps: float | None = field(
+    eval_steps: float = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Steps between evaluations, or a fraction of all. Default: --save_steps, or 0.1."},
     )
-    save_steps: float | None = field(
+    save_steps: float = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Steps between checkpoints, or a fraction of all. Default: --eval_steps, or 0.1."},
     )
     save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints kept: the best and the last by default."}
+        default=2, metadata={"help": "Checkpoints to keep. The default keeps the best and the last."}
     )
     logging_steps: float = field(default=0.02, metadata={"help": "Steps between log lines, or a fraction of all."})
     load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "Write the best model, not the last, to output_dir."}
+        default=True, metadata={"help": "Write the best model to output_dir, rather than the last."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Left to the collator."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All parameters are always used."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Whether to drop columns; the collator already selects them."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for unused parameters; every step uses all of them."}
+    )
     use_cache: bool = field(
-        default=True, metadata={"help": "What checkpoints' configurations say; training itself never caches."}
+        default=True, metadata={"help": "Value in the saved configuration; training itself never uses a cache."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ValueError(f"No preset {self.size!r}: the sizes are {', '.join(SIZES)}.")
         recipe = SIZES[self.size]
@@ -140,7 +154,7 @@ class RecipeArguments(TrainingArguments):
         self.warmup_given = self.warmup_steps is not None
         if self.num_train_epochs is None and self.max_steps is None:
             self.num_train_epochs, self.max_steps = recipe.num_epochs, recipe.max_steps
-        # Trainer's own way of saying "unset".
+        # The values by which Trainer means "unset".
         self.num_train_epochs = 1.0 if self.num_train_epochs is None else self.num_train_epochs
         self.max_steps = -1 if self.max_steps is None else self.max_steps
         self.warmup_steps = 0 if self.warmup_steps is None else self.warmup_steps
@@ -149,7 +163,7 @@ class RecipeArguments(TrainingArguments):
         self.label_names = ["labels"]
         if self.eval_strategy == "no" or self.save_strategy == "no":
             self.load_best_model_at_end = False
-        # Checkpoints are chosen by their evaluation, so both come together unless told otherwise.
+        # Checkpoints are chosen by their evaluation, so both happen at the same steps by default.
         self.eval_steps, self.save_steps = (
             next(steps for steps in (one, other, 0.1) if steps is not None)
             for one, other in ((self.eval_steps, self.save_steps), (self.save_steps, self.eval_steps))
@@ -160,17 +174,17 @@ class RecipeArguments(TrainingArguments):
         self._check()
         if self.push_to_hub:
             self.pushes_checkpoints = self.hub_strategy == HubStrategy.EVERY_SAVE
-            self.hub_strategy = HubStrategy.END  # a callback of ours pushes checkpoints, as complete repositories
+            self.hub_strategy = HubStrategy.END  # our own callback pushes checkpoints, as complete repositories
         else:
             self.pushes_checkpoints = False
         if not self.batch_given:
             self.per_device_train_batch_size = self.per_device_share(recipe.batch_size)
 
-    def _check(self):
+    def _check(self) -> None:
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
-                f"--hub_strategy {self.hub_strategy.value} would publish training_args.bin, with paths and tokens: use end or "
-                "every_save."
+                f"--hub_strategy {HubStrategy(self.hub_strategy).value} would publish training_args.bin, with paths and "
+                "tokens: use end or every_save."
             )
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor is not supported: the loss is the model's exact likelihood.")
@@ -179,12 +193,17 @@ class RecipeArguments(TrainingArguments):
         if self.max_minutes is not None and self.lr_scheduler_type not in ("cosine", "constant"):
             raise ValueError("--max_minutes decays the learning rate by a cosine: leave --lr_scheduler_type out.")
         if self.prediction_loss_only:
-            raise ValueError("--prediction_loss_only is not supported: nats per pixel are taken from the predictions.")
+            raise ValueError(
+                "--prediction_loss_only is not supported: nats per pixel are computed from the predictions."
+            )
         if self.dataloader_persistent_workers:
             raise ValueError("--dataloader_persistent_workers is not supported: such workers repeat an epoch's crops.")
 
     def per_device_share(self, batch_size: int) -> int:
-        """Images per process and forward pass that make `batch_size` images per optimiser step."""
+        """Return the images per process and forward pass that make `batch_size` images per optimiser step.
+
+        A batch that cannot be divided evenly is a ValueError.
+        """
         parts = self.world_size * self.gradient_accumulation_steps * max(1, self.n_gpu)
         if batch_size % parts:
             raise ValueError(
@@ -194,52 +213,60 @@ class RecipeArguments(TrainingArguments):
         return batch_size // parts
 
     def images_per_step(self, size: str | None = None) -> int:
-        """Images of one optimiser step over all processes: those given, or those of the preset `size` (None: --size)."""
+        """Return the images per optimiser step over all processes.
+
+        Without --per_device_train_batch_size, they are those of the preset `size` (None: --size).
+        """
         if not self.batch_given and size is not None:
             share = self.per_device_share(SIZES[size].batch_size) * max(1, self.n_gpu)
         else:
             share = self.train_batch_size
         return share * self.gradient_accumulation_steps * self.world_size
 
-    def resolve(self, size: str, objective: str, image_size: int, n_images: int | None, rate: float = 1.0):
-        """Fill in all that depends on the model and its images. Called once, before the Trainer is built.
+    def resolve(self, size: str, objective: str, image_size: int, n_images: int | None, rate: float = 1.0) -> None:
+        """Fill in the defaults that depend on the model and its images. Called once, before the Trainer is built.
 
-        size: the preset whose recipe holds. n_images: training images, None for a stream. rate: the fraction of the preset's
-        learning rate that is the default. Fractions of training become steps, as checkpoints record them.
+        size: the preset whose recipe to use. n_images: the number of training images, None for a stream. rate: the default
+        learning rate as a fraction of the preset's. Fractions of training become steps, which is what checkpoints record.
+        A stream without --max_steps is a ValueError.
         """
         recipe = SIZES[size]
         if not self.batch_given:
             self.per_device_train_batch_size = self.per_device_share(recipe.batch_size)
         if self.learning_rate is None:
             self.learning_rate = rate * recipe.learning_rate_for(objective, image_size)
-        if n_images is None and self.max_steps <= 0:
-            raise ValueError("A stream has no length: give --max_steps.")
-        per_epoch = None if n_images is None else math.ceil(n_images / self.images_per_step())
-        total = self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * per_epoch)
-        if not self.warmup_given and per_epoch is None:
-            self.warmup_steps = WARMUP_FRACTION
-        elif not self.warmup_given and self.warmup_epochs is not None:
-            self.warmup_steps = math.ceil(self.warmup_epochs * per_epoch)
-        elif not self.warmup_given:
-            self.warmup_steps = min(math.ceil(WARMUP_EPOCHS * per_epoch), int(total * WARMUP_SHARE))
+        warmup: float
+        if n_images is None:
+            if self.max_steps <= 0:
+                raise ValueError("A stream has no length: give --max_steps.")
+            total, warmup = self.max_steps, WARMUP_FRACTION
+        else:
+            per_epoch = math.ceil(n_images / self.images_per_step())
+            total = self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * per_epoch)
+            if self.warmup_epochs is not None:
+                warmup = math.ceil(self.warmup_epochs * per_epoch)
+            else:
+                warmup = min(math.ceil(WARMUP_EPOCHS * per_epoch), int(total * WARMUP_SHARE))
+        if not self.warmup_given:
+            self.warmup_steps = warmup
         for name in ("eval_steps", "save_steps", "logging_steps"):
             steps = getattr(self, name)
             setattr(self, name, int(steps) if steps >= 1 else max(1, math.ceil(steps * total)))
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             self.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP  # transformers' "constant" has none
         if self.load_best_model_at_end and self.eval_strategy == self.save_strategy == "steps":
-            self.save_steps = self.eval_steps  # or the best model might be one that was not saved
+            self.save_steps = self.eval_steps  # otherwise the best model might not have been saved
 
-    def recipe(self, n_images: int | None) -> dict:
-        """How a model is trained, for its card: plain values. n_images: training images, None for a stream."""
+    def recipe(self, n_images: int | None) -> dict[str, Any]:
+        """Describe the training of a model for its card, in plain values. n_images: training images, None for a stream."""
         limit = "" if self.max_minutes is None else f", {self.max_minutes:g} minutes at most"
-        if self.max_steps > 0:
+        if self.max_steps > 0 or n_images is None:
             steps = f"{self.max_steps:,}{limit}"
         else:
             count = math.ceil(self.num_train_epochs * math.ceil(n_images / self.images_per_step()))
             steps = f"{count:,} ({self.num_train_epochs:g} epochs){limit}"
-        precision = {"bf16": "bfloat16", "fp16": "float16"}.get(self.mixed_precision)  # by a flag or the launcher
-        schedule = self.lr_scheduler_type.value.replace("_", " ")
+        precision = {"bf16": "bfloat16", "fp16": "float16"}.get(self.mixed_precision)  # set by a flag or the launcher
+        schedule = SchedulerType(self.lr_scheduler_type).value.replace("_", " ")
         return {
             "batch": f"{self.images_per_step()} images",
             "steps": steps,
@@ -254,23 +281,27 @@ class RecipeArguments(TrainingArguments):
 class PretrainingArguments(RecipeArguments):
     """The paper's pretraining [V2 3.4, A.1]."""
 
-    output_dir: str | None = field(default="outputs/pretrain", metadata={"help": "Where everything is written."})
+    output_dir: str = field(default="outputs/pretrain", metadata={"help": "Folder to write everything to."})
     milestones: str | None = field(
         default=None,
         metadata={
-            "help": 'Fractions of training at which the model is kept in milestones/: "0.065,0.131,0.262,0.524,1" (paper, '
-            "Figure 3)."
+            "help": 'Fractions of training after which to keep the model in milestones/: "0.065,0.131,0.262,0.524,1" '
+            "(paper, Figure 3)."
         },
     )
-    num_samples: int = field(default=16, metadata={"help": "Images drawn at each evaluation; 0 draws none."})
+    num_samples: int = field(default=16, metadata={"help": "Images to draw at each evaluation; 0: none."})
     lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "Schedule after warm-up (paper A.1: cosine to 0)."}
+        default="cosine", metadata={"help": "Learning rate schedule after warm-up (paper A.1: cosine to 0)."}
     )
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
-    metric_for_best_model: str | None = field(default="nats_per_pixel", metadata={"help": "Metric of the best model."})
-    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether a greater metric is better."})
+    metric_for_best_model: str | None = field(
+        default="nats_per_pixel", metadata={"help": "Metric by which the best model is chosen."}
+    )
+    greater_is_better: bool | None = field(
+        default=False, metadata={"help": "Whether a higher value of that metric is better."}
+    )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.milestone_fractions = parse_fractions(self.milestones)
         super().__post_init__()
 
@@ -279,46 +310,56 @@ class PretrainingArguments(RecipeArguments):
 class FinetuningArguments(RecipeArguments):
     """The paper's fine-tuning [V2 3.4]."""
 
-    output_dir: str | None = field(default="outputs/finetune", metadata={"help": "Where everything is written."})
+    output_dir: str = field(default="outputs/finetune", metadata={"help": "Folder to write everything to."})
     generative_loss_weight: float = field(
         default=GENERATIVE_LOSS_WEIGHT,
-        metadata={"help": "Weight of the generative loss added to the classification loss; 0: classification alone."},
+        metadata={
+            "help": "Weight of the generative loss that is added to the classification loss; 0: classification only."
+        },
     )
     classifier_inputs: str = field(
         default="sos",
         metadata={
-            "help": "What a causal model reads: sos, the shifted pixels of pretraining, as OpenAI; raw, the pixels, as plain "
-            "transformers, which can then load the result.",
+            "help": "What a causal model reads. sos: the shifted pixels, as in pretraining and OpenAI's code. raw: the pixels "
+            "themselves, as in plain transformers, which can then load the result.",
             "choices": ["sos", "raw"],
         },
     )
     num_masks: int = field(
         default=EVALUATION_MASKS,
-        metadata={"help": "Masks of each test image of a masked model; the majority decides (paper 4.6)."},
+        metadata={"help": "Masks per test image for a masked model, which takes the majority vote (paper 4.6)."},
     )
     early_stopping_patience: int | None = field(
         default=FINETUNING_PATIENCE,
         metadata={"help": "Stop after this many evaluations without a better validation accuracy; 0: never."},
     )
     lr_scheduler_type: str = field(
-        default=FINETUNING_SCHEDULE, metadata={"help": "Schedule of the learning rate (paper 3.4: constant)."}
+        default=FINETUNING_SCHEDULE, metadata={"help": "Learning rate schedule (paper 3.4: constant)."}
     )
-    learning_rate: float | None = field(
+    learning_rate: float = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Default: a tenth of pretraining's (paper 3.4), or all of it from random weights."},
+        metadata={
+            "help": "Learning rate. Default: a tenth of the preset's (paper 3.4), or the preset's from random weights."
+        },
     )
-    num_train_epochs: float | None = field(default=None, metadata={"help": f"Epochs. Default: {FINETUNING_EPOCHS}."})
+    num_train_epochs: float = field(  # type: ignore[assignment]
+        default=None, metadata={"help": f"Epochs. Default: {FINETUNING_EPOCHS}."}
+    )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch."})
-    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "Metric of the best model."})
+    metric_for_best_model: str | None = field(
+        default="accuracy", metadata={"help": "Metric by which the best model is chosen."}
+    )
     greater_is_better: bool | None = field(
-        default=None, metadata={"help": "Whether a greater metric is better. Default: true for accuracy alone."}
+        default=None,
+        metadata={"help": "Whether a higher value of that metric is better. Default: true only for accuracy."},
     )
     restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "So that a resumed run stops early when an uninterrupted one would."}
+        default=True,
+        metadata={"help": "Whether a resumed run continues to count the evaluations for early stopping."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_train_epochs is None and self.max_steps is None:
             self.num_train_epochs = FINETUNING_EPOCHS
         if self.warmup_steps is None and self.warmup_epochs is None:
@@ -336,11 +377,11 @@ class FinetuningArguments(RecipeArguments):
 
 
 def parse_fractions(text: str | None) -> list[float]:
-    """ "0.065,0.131,1" -> [0.065, 0.131, 1.0], ascending and distinct; anything else is a ValueError."""
+    """Parse fractions in (0, 1], such as "0.065,0.131,1", to ascending, distinct numbers; other text is a ValueError."""
     try:
         fractions = sorted({float(part) for part in text.split(",")}) if text else []
     except ValueError as error:
-        raise ValueError(f"--milestones are fractions of training between commas; found {text!r}.") from error
+        raise ValueError(f"--milestones are fractions of training, separated by commas; found {text!r}.") from error
     if any(not 0 < fraction <= 1 for fraction in fractions):
-        raise ValueError(f"--milestones are fractions of training, over 0 and up to 1; found {text!r}.")
+        raise ValueError(f"--milestones are fractions of training, above 0 and up to 1; found {text!r}.")
     return fractions

@@ -1,12 +1,15 @@
-"""Callbacks of training: an end by the clock, progress in images, a picture at each evaluation, milestones, pushes of checkpoints."""
+"""Callbacks for training: a time limit, progress in images, a picture at each evaluation, milestones, pushes of checkpoints."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
@@ -14,20 +17,23 @@ from ..evaluation.metrics import BITS_PER_NAT
 
 
 class Clock(TrainerCallback):
-    """Ends training when the time is up, at the same step in all processes. A resumed run has the time that was left."""
+    """Ends training after `minutes`, at the same step in all processes. A resumed run has the time that was left."""
 
-    def __init__(self, minutes: float, device):
-        self.limit, self.device, self.start, self.elapsed = minutes, device, None, 0.0  # minutes
+    def __init__(self, minutes: float, device: torch.device) -> None:
+        self.limit, self.device, self.elapsed = minutes, device, 0.0  # minutes
+        self.start = time.monotonic()  # seconds; set again when training begins
 
     def fraction(self) -> float:
-        """Elapsed time as a fraction of the limit."""
+        """Return the elapsed time as a fraction of the limit."""
         return self.elapsed / self.limit
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.elapsed = next((entry["minutes"] for entry in reversed(state.log_history) if "minutes" in entry), 0.0)
         self.start = time.monotonic() - self.elapsed * 60
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.elapsed = (time.monotonic() - self.start) / 60
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             elapsed = torch.tensor(self.elapsed, device=self.device)
@@ -40,20 +46,35 @@ class Clock(TrainerCallback):
 
 
 class ImageProgress(ProgressCallback):
-    """transformers' progress bar, counting images, with one line per log entry instead of a dictionary."""
+    """transformers' progress bar, but it counts images, and prints one line per log entry instead of a dictionary.
 
-    def __init__(self, images_seen: Callable[[int], int]):
+    images_seen: maps a number of steps to a number of images.
+    """
+
+    training_bar: tqdm | None
+    prediction_bar: tqdm | None
+
+    def __init__(self, images_seen: Callable[[int], int]) -> None:
         super().__init__()
-        self.images_seen = images_seen  # steps -> images
+        self.images_seen = images_seen
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero and has_length(eval_dataloader):
             if self.prediction_bar is None:
                 n_batches = len(eval_dataloader)
                 self.prediction_bar = tqdm(total=n_batches, desc="Evaluating", unit="batch", leave=False, disable=None)
             self.prediction_bar.update(1)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self.training_bar = tqdm(
                 total=self.images_seen(state.max_steps),
@@ -64,12 +85,19 @@ class ImageProgress(ProgressCallback):
                 disable=None,
             )
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.training_bar is not None:
             self.training_bar.update(self.images_seen(state.global_step) - self.training_bar.n)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None or "images" not in logs:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is None or logs is None or "images" not in logs:
             return
         line = describe_log(logs)
         if line:
@@ -77,8 +105,8 @@ class ImageProgress(ProgressCallback):
             self.training_bar.write(f"{logs['images']:>11,} images   {line}{rate}")
 
 
-def describe_log(logs: dict) -> str | None:
-    """Log entries in words; those of the end of training give None."""
+def describe_log(logs: dict[str, Any]) -> str | None:
+    """Return a log entry in words, or None for the summary at the end of training."""
     if "eval_accuracy" in logs:
         return f"validation {100 * logs['eval_accuracy']:.1f} % right"
     if "eval_nats_per_pixel" in logs:
@@ -93,12 +121,19 @@ def describe_log(logs: dict) -> str | None:
 
 
 class SamplePictures(TrainerCallback):
-    """Saves a picture at each evaluation, `step-0000100.png` in `folder`. draw: the model -> a PIL image."""
+    """Saves the picture that `draw(model)` returns at each evaluation, as `step-0000100.png` in `folder`."""
 
-    def __init__(self, draw: Callable, folder: Path):
+    def __init__(self, draw: Callable[[Any], Image.Image], folder: Path) -> None:
         self.draw, self.folder = draw, folder
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero:
             picture = self.draw(model)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -106,20 +141,22 @@ class SamplePictures(TrainerCallback):
 
 
 class Milestones(TrainerCallback):
-    """Calls `keep()` at fractions of training, by steps or by the clock, whichever is ahead."""
+    """Calls `keep()` at `fractions` of training, by steps or by the clock, whichever is ahead."""
 
-    def __init__(self, fractions: list[float], clock: Clock | None, keep: Callable[[], None]):
+    def __init__(self, fractions: list[float], clock: Clock | None, keep: Callable[[], None]) -> None:
         self.fractions, self.clock, self.keep = fractions, clock, keep
         self.pending: list[float] = []
 
-    def progress(self, state) -> float:
-        """The fraction of training that is done."""
+    def progress(self, state: TrainerState) -> float:
+        """Return the fraction of training that is done."""
         return max(state.global_step / state.max_steps, self.clock.fraction() if self.clock else 0)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.pending = [fraction for fraction in self.fractions if fraction > self.progress(state)]
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         reached = [fraction for fraction in self.pending if fraction <= self.progress(state)]
         if reached:
             self.pending = self.pending[len(reached) :]
@@ -127,15 +164,15 @@ class Milestones(TrainerCallback):
 
 
 class PushCheckpoints(TrainerCallback):
-    """Calls `push(folder, message)` with each checkpoint that is saved. A push that fails is reported and never ends training."""
+    """Calls `push(folder, message)` for each saved checkpoint. A push that fails is reported, and training continues."""
 
-    def __init__(self, push: Callable[[Path, str], object]):
+    def __init__(self, push: Callable[[Path, str], object]) -> None:
         self.push = push
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             try:
-                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
                 self.push(folder, f"Training in progress, step {state.global_step}")
-            except Exception as error:  # the Hub's transport errors have no common class over its versions
+            except Exception as error:  # the Hub's transport errors have no common class across its versions
                 tqdm.write(f"Not pushed: {type(error).__name__}: {error}")

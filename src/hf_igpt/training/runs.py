@@ -1,40 +1,48 @@
-"""The life of a run: begin or resume it, build its model, train, and finish. `run.json` is the first thing that a run writes.
+"""The stages of a run: begin or resume it, build its model, train, and finish. `run.json` is the first file that a run writes.
 
-`run.json` holds `recipe` (how the model is made, in words, for its card), `identity` (what a resumed run must have in common with
-this one), `train_val_split`, and `arguments` (those of training, resolved). A folder that is not empty and has none is not ours.
+`run.json` holds `recipe` (a description of how the model is made, for its card), `identity` (arguments that must not change when
+the run resumes), `train_val_split`, and `arguments` (the resolved arguments of training). A folder that is not empty and has no
+`run.json` was not written by this package.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, cast
 
+import datasets
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from ..configuration_imagegpt import ImageGPTConfig
-from ..data import TrainingImages
+from ..data import ImageTokens, TrainingImages
 from ..evaluation.records import RECORDS, RUN, UNITS, Record, fields_of_model, find_size, read_run, whole_file
+from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import (
     ImageGPTForCausalImageModeling,
     ImageGPTForImageClassification,
     ImageGPTForMaskedImageModeling,
+    ImageGPTPreTrainedModel,
 )
 from .arguments import FinetuningArguments, ModelArguments, RecipeArguments
 from .callbacks import Clock, ImageProgress, PushCheckpoints
 from .trainer import ImageGPTTrainer
 
 
-MODELS = {"causal": ImageGPTForCausalImageModeling, "masked": ImageGPTForMaskedImageModeling}
+MODELS: dict[str, type[ImageGPTPreTrainedModel]] = {
+    "causal": ImageGPTForCausalImageModeling,
+    "masked": ImageGPTForMaskedImageModeling,
+}
 
 
-def log_main(text: str):
-    """Write a line in the main process alone, without breaking a progress bar."""
+def log_main(text: str) -> None:
+    """Print a line in the main process only, without breaking a progress bar."""
     if PartialState().is_main_process:
         tqdm.write(text)
 
@@ -43,13 +51,17 @@ def log_main(text: str):
 
 
 def begin(args: RecipeArguments) -> str | None:
-    """Check the output folder and --report_to, seed everything, and say so; returns the checkpoint to continue from."""
+    """Check the output folder and --report_to, and seed all random generators; return the checkpoint to continue from.
+
+    Invalid arguments are a ValueError.
+    """
     checkpoint = find_checkpoint(args)
     try:
         for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()  # fails where its package is not installed
+            callback()  # fails if its package is not installed
     except (ValueError, RuntimeError, ImportError) as error:
-        raise ValueError(f"--report_to {' '.join(args.report_to)}: {error}") from error
+        names: Any = args.report_to  # a list, once the arguments are made
+        raise ValueError(f"--report_to {' '.join(names)}: {error}") from error
     set_seed(args.seed)
     log_main(f"Process {args.process_index} of {args.world_size} on {args.device}, seed {args.seed}")
     if checkpoint:
@@ -58,7 +70,7 @@ def begin(args: RecipeArguments) -> str | None:
 
 
 def find_checkpoint(args: RecipeArguments) -> str | None:
-    """The checkpoint to resume from, if any. A folder that holds anything but an unfinished run of ours is a ValueError."""
+    """Find the checkpoint to resume from, if any. A folder with other contents than an unfinished run is a ValueError."""
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file.")
@@ -67,8 +79,8 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
         raise ValueError(f"{folder} holds a finished run: give another --output_dir, or delete it.")
     if names and RUN not in names:
         raise ValueError(
-            f"{folder} holds something else ({', '.join(sorted(names)[:5])}), and no {RUN} of an unfinished run: give an empty "
-            "or a new --output_dir."
+            f"{folder} holds other files ({', '.join(sorted(names)[:5])}), and no {RUN} of an unfinished run: give an empty or "
+            "a new --output_dir."
         )
     if RUN in names:
         read_identity(folder)
@@ -83,52 +95,58 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
     return args.resume_from_checkpoint
 
 
-def read_identity(folder: Path) -> dict:
-    """The identity of the run in `folder`. ValueError: there is no run, or none that can be continued."""
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Read the identity of the run in `folder`. If there is no run, or none that can be continued: ValueError."""
     if not (folder / RUN).is_file():
         raise ValueError(
-            f"There is no {folder / RUN} to tell how its checkpoints were trained: give another --output_dir."
+            f"There is no {folder / RUN}, which records how the checkpoints were trained: give another --output_dir."
         )
     identity = read_run(folder).get("identity")
     if identity is None:
-        raise ValueError(f"{folder} holds a model whose run is not to be continued: give another --output_dir.")
+        raise ValueError(f"{folder} holds a model whose run cannot be continued: give another --output_dir.")
     if not isinstance(identity, dict):
         raise ValueError(
-            f"The run in {folder} was begun by an older version of hf_igpt, which did not write down its arguments, and "
-            "cannot be resumed: finish it with that version, or give another --output_dir."
+            f"The run in {folder} was started by an older version of hf_igpt, which did not record its arguments, and cannot "
+            "be resumed: finish it with that version, or give another --output_dir."
         )
     return identity
 
 
-def identity_of(model_args: ModelArguments, images: TrainingImages, args: RecipeArguments) -> dict:
-    """The arguments that a resumed run must have in common with the one it resumes: images, split, palette, start, seed."""
+def collect_identity(model_args: ModelArguments, images: TrainingImages, args: RecipeArguments) -> dict[str, Any]:
+    """Return the arguments that must not change when a run resumes: images, splits, palette, initial weights, seed."""
     values = model_args.identity() | images.identity() | {"seed": args.seed}
-    return json.loads(json.dumps(values, default=str, sort_keys=True))  # as it is read back
+    return json.loads(json.dumps(values, default=str, sort_keys=True))  # in the form in which it is read from a file
 
 
-def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict):
-    """ValueError if a checkpoint is of another model, seed, data or palette: held-out images must stay held out."""
+def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict[str, Any]) -> None:
+    """Raise ValueError if a checkpoint has another model, seed, data or palette: held-out images must stay held out."""
     was = read_identity(Path(checkpoint).parent)
     for name, value in identity.items():
         if was.get(name) != value:
             raise ValueError(
-                f"{checkpoint} was trained with --{name} {was.get(name)}, not {value}: repeat that, or give another --output_dir."
+                f"{checkpoint} was trained with --{name} {was.get(name)}, not {value}: give that value, or another --output_dir."
             )
     then, now = ImageGPTConfig.from_pretrained(checkpoint).to_diff_dict(), config.to_diff_dict()
     for name in sorted((then.keys() | now.keys()) - {"architectures", "dtype", "transformers_version"}):
         if then.get(name) != now.get(name):
             raise ValueError(
-                f"{checkpoint} has {name} = {then.get(name)}, this run {now.get(name)}: another run needs another --output_dir."
+                f"{checkpoint} has {name} = {then.get(name)}, this run {now.get(name)}: give another --output_dir."
             )
 
 
-def write_run(args: RecipeArguments, model_args: ModelArguments, images: TrainingImages, model, n_images: int | None):
-    """Write `run.json` and the image processor; from here on everything has been checked."""
+def write_run(
+    args: RecipeArguments,
+    model_args: ModelArguments,
+    images: TrainingImages,
+    model: ImageGPTPreTrainedModel,
+    n_images: int | None,
+) -> None:
+    """Write `run.json` and the image processor, once all arguments have been checked. n_images: None for a stream."""
     if not args.should_save:
         return
     resolved = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
     run = {
-        "identity": identity_of(model_args, images, args),
+        "identity": collect_identity(model_args, images, args),
         "train_val_split": images.identity()["train_val_split"],
         "recipe": describe_recipe(args, model_args, images, model, n_images),
         "arguments": {name: value for name, value in resolved.items() if not name.endswith("_token")},
@@ -140,9 +158,16 @@ def write_run(args: RecipeArguments, model_args: ModelArguments, images: Trainin
     images.processor.save_pretrained(folder)
 
 
-def describe_recipe(args, model_args, images: TrainingImages, model, n_images: int | None) -> dict:
-    """How a model is made, for its card: plain values, no path of this machine."""
-    config, head = model.config, {}
+def describe_recipe(
+    args: RecipeArguments,
+    model_args: ModelArguments,
+    images: TrainingImages,
+    model: ImageGPTPreTrainedModel,
+    n_images: int | None,
+) -> dict[str, Any]:
+    """Describe how a model is made for its card, in plain values without paths on this machine."""
+    config = model.config
+    head: dict[str, str] = {}
     if isinstance(args, FinetuningArguments):
         weight = args.generative_loss_weight
         head = {
@@ -172,36 +197,43 @@ def describe_recipe(args, model_args, images: TrainingImages, model, n_images: i
 
 
 def load_config(model_args: ModelArguments, objective: str | None) -> ImageGPTConfig | None:
-    """The configuration of the checkpoint that a run starts from; None for a new model."""
+    """Load the configuration of the checkpoint that a run starts from; return None for a new model.
+
+    objective: the requested one; a checkpoint trained for another is a ValueError.
+    """
     name = model_args.model_name_or_path
     if not name:
         return None
     if model_args.config_overrides:
         raise ValueError("--config_overrides is for new models: leave it or --model_name_or_path out.")
     config = ImageGPTConfig.from_pretrained(name, **model_args.hub_source())
-    for field in ("auto_map", "custom_pipelines"):  # of a published folder, whose code is not copied
+    for field in ("auto_map", "custom_pipelines"):  # a published repository names its code, which is not copied
         vars(config).pop(field, None)
     if objective not in (None, config.objective):
         raise ValueError(f"--objective {objective}: the weights of {name} are {config.objective}.")
     return config
 
 
-def new_config(model_args: ModelArguments, args: RecipeArguments, processor, **overrides) -> ImageGPTConfig:
-    """The configuration of --size for the processor's images, with `overrides` and --config_overrides."""
+def new_config(
+    model_args: ModelArguments, args: RecipeArguments, processor: AnyImageProcessor, **overrides: Any
+) -> ImageGPTConfig:
+    """Make the configuration of a new model of --size for the processor's images, with `overrides` and --config_overrides."""
     height, width = processor.token_grid()
     overrides = {"objective": args.objective or "causal"} | overrides
-    config = ImageGPTConfig.from_preset(args.size, image_size=height, n_colors=len(processor.clusters), **overrides)
+    config = ImageGPTConfig.from_preset(args.size, image_size=height, n_colors=len(processor.palette), **overrides)
     config.n_positions = height * width
     if model_args.config_overrides:
         known = config.to_dict()
         config.update_from_string(model_args.config_overrides)
         changed = {name: getattr(config, name) for name in known if hasattr(config, name)}
-        config = ImageGPTConfig.from_dict(changed)  # checked again as a whole
+        config = ImageGPTConfig.from_dict(changed)  # which validates all fields again
     return config
 
 
-def build_model(model_args: ModelArguments, args: RecipeArguments, processor):
-    """A generative model of --objective, new or from a checkpoint, that fits the processor."""
+def build_model(
+    model_args: ModelArguments, args: RecipeArguments, processor: AnyImageProcessor
+) -> ImageGPTPreTrainedModel:
+    """Build a generative model for --objective, new or from a checkpoint. One that does not fit the processor: ValueError."""
     config = load_config(model_args, args.objective)
     if config is None:
         config = new_config(model_args, args, processor)
@@ -217,12 +249,16 @@ def build_model(model_args: ModelArguments, args: RecipeArguments, processor):
 def classifier_config(
     model_args: ModelArguments, args: FinetuningArguments, classes: list[str]
 ) -> ImageGPTConfig | None:
-    """The checkpoint's configuration, made a classifier's; None for a new model. ValueError: its head knows other classes."""
+    """Load the checkpoint's configuration and add a classifier's fields; return None for a new model.
+
+    A checkpoint whose head has other classes is a ValueError.
+    """
     config = load_config(model_args, args.objective)
     if config is None:
         return None
     if is_classifier(config):
-        known = [config.id2label[index] for index in range(config.num_labels)]
+        labels = cast(dict[int, str], config.id2label)
+        known = [labels[index] for index in range(len(labels))]
         generic = [f"LABEL_{index}" for index in range(len(classes))]
         if known not in (classes, generic):
             raise ValueError(
@@ -235,48 +271,57 @@ def classifier_config(
 
 
 def build_classifier(
-    model_args: ModelArguments, args: FinetuningArguments, processor, config: ImageGPTConfig | None, classes: list[str]
+    model_args: ModelArguments,
+    args: FinetuningArguments,
+    processor: AnyImageProcessor,
+    config: ImageGPTConfig | None,
+    classes: list[str],
 ) -> ImageGPTForImageClassification:
-    """A classifier of `classes` from a checkpoint with `config` of `classifier_config`, or a new one (None)."""
+    """Build a classifier for `classes` from a checkpoint, or a new one.
+
+    config: the result of `classifier_config`, None for a new model. Weights that do not fit it, and a model that does not
+    fit the processor, are a ValueError.
+    """
     if config is None:
         head = _head_fields(args, args.objective or "causal", classes)
         config = new_config(model_args, args, processor, **head)
         model = ImageGPTForImageClassification._from_config(config, **model_args.attention())
     else:
         has_head = is_classifier(config)
-        model, found = ImageGPTForImageClassification.from_pretrained(
+        loaded: Any = ImageGPTForImageClassification.from_pretrained(
             model_args.model_name_or_path,
             config=config,
-            ignore_mismatched_sizes=True,  # a converted checkpoint may hold a head of other classes
+            ignore_mismatched_sizes=True,  # a converted checkpoint may hold a head for other classes
             output_loading_info=True,
             **model_args.hub_source(),
             **model_args.attention(),
         )
+        model, found = loaded
         missing = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
         missing -= {"score.weight", "lm_head.weight"}
         if missing:
             raise ValueError(
-                f"{model_args.model_name_or_path} lacks {', '.join(sorted(missing)[:5])} of the shape its configuration says: "
-                "it is damaged, or no Image GPT."
+                f"{model_args.model_name_or_path} lacks {', '.join(sorted(missing)[:5])} in the shape that its configuration "
+                "requires: it is damaged, or not an Image GPT."
             )
         if not has_head:
-            torch.nn.init.zeros_(model.score.weight)  # a new head, also where the checkpoint holds one of other classes
+            torch.nn.init.zeros_(model.score.weight)  # a new head, even if the checkpoint holds one for other classes
     processor.check_fits(model.config)
     return model
 
 
 def is_classifier(config: ImageGPTConfig) -> bool:
     """Whether a configuration was saved with a classifier."""
-    return (config.architectures or [None])[0] == "ImageGPTForImageClassification"
+    return (config.architectures or [""])[0] == "ImageGPTForImageClassification"
 
 
 def summarize_names(names: list[str]) -> str:
-    """A list of classes in words, of which the first five are named."""
+    """Return the number of classes and the names of the first five."""
     return f"{len(names)} classes ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
 
 
-def _head_fields(args: FinetuningArguments, objective: str, classes: list[str]) -> dict:
-    """What a classifier's configuration says in addition to a pretrained model's."""
+def _head_fields(args: FinetuningArguments, objective: str, classes: list[str]) -> dict[str, Any]:
+    """Return the fields that a classifier's configuration has in addition to those of a pretrained model."""
     return {
         "id2label": dict(enumerate(classes)),
         "label2id": {name: index for index, name in enumerate(classes)},
@@ -289,9 +334,15 @@ def _head_fields(args: FinetuningArguments, objective: str, classes: list[str]) 
 
 
 def build_trainer(
-    args: RecipeArguments, model, train, held_out, processor, publish: Callable[..., object], callbacks=()
+    args: RecipeArguments,
+    model: ImageGPTPreTrainedModel,
+    train: ImageTokens | datasets.IterableDataset,
+    held_out: ImageTokens,
+    processor: AnyImageProcessor,
+    publish: Callable[..., Any],
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> ImageGPTTrainer:
-    """The Trainer of a run, with its clock, progress and pushes. publish: as `ImageGPTTrainer` takes it."""
+    """Build a run's Trainer with its clock, progress bar and pushes. publish: as in `ImageGPTTrainer`."""
     clock = None if args.max_minutes is None else Clock(args.max_minutes, args.device)
     trainer = ImageGPTTrainer(
         model=model,
@@ -304,7 +355,7 @@ def build_trainer(
         callbacks=callbacks,
     )
     if args.pushes_checkpoints and trainer.saves_shards:
-        log_main("Only the finished model is pushed: sharded checkpoints hold no whole one.")
+        log_main("Only the finished model is pushed, because sharded checkpoints do not hold a whole model.")
     elif args.pushes_checkpoints:
         trainer.add_callback(PushCheckpoints(trainer.publish_folder))
     if not args.disable_tqdm:
@@ -313,35 +364,35 @@ def build_trainer(
     return trainer
 
 
-def log_plan(trainer: ImageGPTTrainer, images: TrainingImages, held_out: str):
-    """Say what is trained, on what. held_out: how many images are held out, in words."""
-    processor, rows = images.processor, trainer.train_dataset
-    grid = "x".join(map(str, processor.token_grid()))
+def log_plan(trainer: ImageGPTTrainer, images: TrainingImages, held_out: str) -> None:
+    """Print which model is trained on which images. held_out: the number of held-out images, in words."""
+    args, config, rows = cast(RecipeArguments, trainer.args), trainer.model.config, trainer.train_dataset
+    grid = "x".join(map(str, images.processor.token_grid()))
     log_main(
-        f"Training {trainer.model.num_parameters():,} parameters ({trainer.model.config.objective}) on {images.name}: "
-        f"{grid} pixels, {len(processor.clusters)} colours, {trainer.args.images_per_step()} images a step"
+        f"Training {trainer.model.num_parameters():,} parameters ({config.objective}) on {images.name}: "
+        f"{grid} pixels, {config.vocab_size - 1} colours, {args.images_per_step()} images per step"
         + (f", {len(rows):,} images, {held_out}" if has_length(rows) else "")
     )
 
 
-def train(trainer: ImageGPTTrainer, checkpoint: str | None):
-    """Train, and save the model and the log; `finish` pushes them, for a push needs the records."""
+def train(trainer: ImageGPTTrainer, checkpoint: str | None) -> None:
+    """Train, and save the model and the log. `finish` pushes them, because a push needs the records."""
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.clock and trainer.state.global_step < trainer.state.max_steps and trainer.clock.fraction() >= 1:
         seen, planned = map(trainer.images_seen, (trainer.state.global_step, trainer.state.max_steps))
-        log_main(f"Stopped by --max_minutes {trainer.args.max_minutes:g} after {seen:,} of {planned:,} images.")
+        log_main(f"Stopped by --max_minutes {trainer.clock.limit:g} after {seen:,} of {planned:,} images.")
     trainer.save_model(_internal_call=True)
     trainer.save_state()
 
 
-def finish(trainer: ImageGPTTrainer):
-    """Publish the run if it was asked for, and wait until what the main process wrote is there for all."""
+def finish(trainer: ImageGPTTrainer) -> None:
+    """Publish the run with --push_to_hub, and make all processes wait until the main one has written its files."""
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
 
 
-def record_training(trainer: ImageGPTTrainer, step: int, *, metric: str, value: float, **about) -> Record:
+def record_training(trainer: ImageGPTTrainer, step: int, *, metric: str, value: float, **about: Any) -> Record:
     """A record of the trainer's model as it was after `step` steps; `about` are further fields of it."""
     return Record(
         **fields_of_model(trainer.model.config),

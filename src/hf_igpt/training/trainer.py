@@ -1,44 +1,71 @@
-"""`ImageGPTTrainer`: transformers' `Trainer` that evaluates image by image, logs images and loss parts, and may follow a clock."""
+"""`ImageGPTTrainer`: a `Trainer` that computes metrics per image, logs images seen and the terms of the loss, and can follow a clock."""
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, has_length
 
 from ..data import MASK, collate_classified, collate_tokens
 from ..evaluation.metrics import BITS_PER_NAT, accuracy, nats_per_image
-from ..modeling_imagegpt import ImageGPTForImageClassification
+from ..image_processing_imagegpt import AnyImageProcessor
+from ..modeling_imagegpt import ImageGPTForImageClassification, ImageGPTPreTrainedModel
 from .arguments import WARMUP_SHARE
 from .callbacks import Clock
 
 
 class ImageGPTTrainer(Trainer):
-    """`Trainer` for all Image GPTs with a head: collator and metrics follow the model's class unless they are given.
+    """`Trainer` for all Image GPTs with a head. The model's class decides the default collator and metrics.
 
-    clock: ends training by the clock, and lets a cosine schedule follow it if it is ahead of the steps. publish: called as
-    `publish(folder, repo_id, message=…, token=…, revision=…)` with each folder that is pushed.
+    clock: ends training after a time, and makes a cosine schedule follow the clock if it is ahead of the steps. publish:
+    called as `publish(folder, repo_id, message=…, token=…, revision=…)` for each folder that is pushed; required with
+    --push_to_hub. `kwargs` are the other arguments of `Trainer`.
     """
 
-    def __init__(self, model, *, clock: Clock | None = None, publish=None, callbacks=(), **kwargs):
+    model: ImageGPTPreTrainedModel
+    processing_class: AnyImageProcessor
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        model: ImageGPTPreTrainedModel,
+        *,
+        clock: Clock | None = None,
+        publish: Callable[..., Any] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
         if publish is None and kwargs.get("args") is not None and kwargs["args"].push_to_hub:
-            raise ValueError("--push_to_hub needs to know how: pass publish=hf_igpt.publishing.hub.push.")
+            raise ValueError(
+                "--push_to_hub requires a function that publishes: pass publish=hf_igpt.publishing.hub.push."
+            )
         self.clock, self.publish = clock, publish
         self.classifies = isinstance(model, ImageGPTForImageClassification)
         defaults = {
             "data_collator": collate_classified if self.classifies else collate_tokens,
-            "compute_metrics": classification_metrics if self.classifies else held_out_metrics,
+            "compute_metrics": compute_classification_metrics if self.classifies else compute_held_out_metrics,
         }
         super().__init__(model, callbacks=[*callbacks, *([clock] if clock else [])], **(defaults | kwargs))
-        self._parts, self._parts_since = {}, 0  # sums over steps of the parts of the loss
+        self._parts: dict[str, torch.Tensor] = {}  # the terms of the loss, summed over the steps since `_parts_since`
+        self._parts_since = 0
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Compute the loss as `Trainer` does, and sum up the terms of a joint loss for the next log entry."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.classifies and outputs.classification_loss is not None:
             if not self._parts:
@@ -46,11 +73,12 @@ class ImageGPTTrainer(Trainer):
             averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
             scale = self.accelerator.num_processes if averaged else 1  # as Trainer does with the loss
             for name in ("classification_loss", "generative_loss"):
-                self._parts[name] = self._parts.get(name, 0) + outputs[name].detach().mean() * scale
+                part = outputs[name].detach().mean() * scale
+                self._parts[name] = self._parts[name] + part if name in self._parts else part
         return (loss, outputs) if return_outputs else loss
 
-    def get_train_dataloader(self):
-        """As `Trainer`'s; a stream is each process's own share already, which Accelerate would share out once more."""
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+        """Return `Trainer`'s loader, except for a stream, which is already a process's share and must not be sharded again."""
         if has_length(self.train_dataset):
             return super().get_train_dataloader()
         loader = torch.utils.data.DataLoader(
@@ -64,14 +92,18 @@ class ImageGPTTrainer(Trainer):
         alone = {"num_processes": 1, "process_index": 0, "dispatch_batches": False}
         return prepare_data_loader(loader, self.accelerator.device, put_on_device=True, **alone)
 
-    def save_model(self, output_dir=None, _internal_call=False):
-        """As `Trainer`'s. Of sharded weights, which it would leave out: in checkpoints, whose shards are written with the
-        optimiser's, all but the weights; elsewhere the whole model, as `from_pretrained` reads it."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `Trainer` does, or, if weights are sharded, save what it would leave out.
+
+        In a checkpoint, whose shards are written with the optimiser's, that is everything but the weights; elsewhere it is
+        the whole model, for `from_pretrained`.
+        """
         if not self.saves_shards:
             return super().save_model(output_dir, _internal_call)
-        folder = Path(output_dir or self.args.output_dir)
+        run = Path(str(self.args.output_dir))
+        folder = Path(output_dir or run)
         is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) is not None
-        if not (is_checkpoint and folder.parent == Path(self.args.output_dir)):
+        if not (is_checkpoint and folder.parent == run):
             self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
         elif self.args.should_save:
             self.model.config.save_pretrained(folder)
@@ -80,18 +112,25 @@ class ImageGPTTrainer(Trainer):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether no process holds all weights, so that only all processes together can run the model."""
+        """Whether no process holds all weights, so that the model runs only if all processes take part."""
         return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
     @property
     def saves_shards(self) -> bool:
-        """Whether a checkpoint's weights are one file for each process (FSDP's SHARDED_STATE_DICT)."""
+        """Whether a checkpoint's weights are one file per process (FSDP's SHARDED_STATE_DICT)."""
         return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(loss, values of each image (B,), labels (B,)): nats per pixel, or for classifiers the predicted class.
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Return the loss, a value for each image (B,), and labels (B,).
 
-        A joint classifier's values are (class, nats per pixel). Whole logits of all images would not fit in memory.
+        The value is the image's nats per pixel; for a classifier it is the predicted class, and for a classifier with a joint
+        loss (class, nats per pixel). The logits of all images would not fit into memory.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -105,7 +144,8 @@ class ImageGPTTrainer(Trainer):
             return outputs.loss, classes, labels
         return outputs.loss, (classes, outputs.generative_nats), labels
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log as `Trainer` does, and add images seen, minutes, bits per pixel and the terms of a joint loss."""
         logs["images"] = self.images_seen(self.state.global_step)
         if self.clock is not None:
             logs["minutes"] = self.clock.elapsed
@@ -120,7 +160,7 @@ class ImageGPTTrainer(Trainer):
         super().log(logs, start_time)
 
     def images_seen(self, step: int) -> int:
-        """Images that the first `step` steps were made of; an epoch's last step may hold fewer than the others."""
+        """Return the number of images in the first `step` steps. The last step of an epoch may have fewer than the others."""
         args = self.args
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if not has_length(self.train_dataset):
@@ -130,26 +170,32 @@ class ImageGPTTrainer(Trainer):
 
     @property
     def measured_step(self) -> int:
-        """The step whose weights the model has after training: the best one's, or the last where none was chosen."""
+        """The step whose weights the model has after training: that of the best model, if it was loaded, or the last."""
         state = self.state
         is_best = self.args.load_best_model_at_end and state.best_model_checkpoint
         return (is_best and state.best_global_step) or state.global_step
 
-    def push_to_hub(self, commit_message="End of training", *, token=None, revision=None):
-        """Save the model and publish `output_dir` as a complete repository, not the folder as it is.
+    def push_to_hub(  # type: ignore[override]  # always waits, and takes no arguments for a model card
+        self, commit_message: str = "End of training", *, token: str | None = None, revision: str | None = None
+    ) -> Any:
+        """Save the model and publish `output_dir` as a complete repository, rather than upload the folder itself.
 
-        token, revision: instead of --hub_token and --hub_revision.
+        token, revision: override --hub_token and --hub_revision. Returns what `publish` returns, in the main process. A
+        Trainer without `publish` raises ValueError.
         """
         if self.publish is None:
             raise ValueError("This Trainer cannot publish: build it with publish=hf_igpt.publishing.hub.push.")
         if self.hub_model_id is None:
             self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
-        if self.is_world_process_zero():
-            return self.publish_folder(Path(self.args.output_dir), commit_message, token, revision)
+        if not self.is_world_process_zero():
+            return None
+        return self.publish_folder(Path(str(self.args.output_dir)), commit_message, token, revision)
 
-    def publish_folder(self, folder: Path, message: str, token: str | None = None, revision: str | None = None):
-        """Publish a folder of this run under --hub_model_id, in one commit."""
+    def publish_folder(self, folder: Path, message: str, token: str | None = None, revision: str | None = None) -> Any:
+        """Publish a folder of this run to --hub_model_id, in one commit. Other arguments as in `push_to_hub`."""
+        if self.publish is None:
+            raise ValueError("This Trainer cannot publish: build it with publish=hf_igpt.hub.push.")
         args = self.args
         return self.publish(
             folder,
@@ -159,29 +205,32 @@ class ImageGPTTrainer(Trainer):
             revision=revision or args.hub_revision,
         )
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        if self.clock is None or self.args.lr_scheduler_type != "cosine":
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Create `Trainer`'s scheduler, or a cosine that follows the clock whenever that is ahead of the steps."""
+        timer = self.clock
+        if timer is None or self.args.lr_scheduler_type != "cosine":
             return super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
 
-        def factor(step):
-            clock = self.clock.fraction()
+        def factor(step: int) -> float:
+            clock = timer.fraction()
             warmed = max((step + 1) / (warmup + 1), clock / WARMUP_SHARE)
             return min(1, warmed) * 0.5 * (1 + math.cos(math.pi * min(1, max(step / num_training_steps, clock))))
 
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        owner: Any = optimizer or self.optimizer  # Trainer creates it first
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(owner, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
 
-def held_out_metrics(prediction) -> dict[str, float]:
-    """Mean over images, gathered over all processes: exact also if the last batches are ragged."""
+def compute_held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the mean over images, gathered over all processes, which is exact even if the last batches are ragged."""
     return {"nats_per_pixel": float(np.mean(prediction.predictions, dtype=np.float64))}
 
 
-def classification_metrics(prediction) -> dict[str, float]:
-    """Accuracy, and the mean nats per pixel if the loss is joint."""
-    values = prediction.predictions
+def compute_classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the accuracy in 0..1, and the mean nats per pixel if the loss is joint."""
+    values: Any = prediction.predictions
     classes, nats = values if isinstance(values, tuple) else (values, None)
     metrics = {"accuracy": accuracy(classes, prediction.label_ids)}
     return metrics if nats is None else metrics | {"nats_per_pixel": float(np.mean(nats, dtype=np.float64))}
