@@ -83,7 +83,7 @@ def predict_test(trainer, images: TrainingImages, n_draws: int) -> list[tuple[np
     draws = []
     for draw in range(n_draws):
         rows = images.rows("test", trainer.model.config.objective == "masked")
-        rows.set_epoch(draw)  # other masks
+        rows.begin_epoch(draw)  # other masks
         values = trainer.predict(rows, metric_key_prefix="test").predictions
         draws.append(values if isinstance(values, tuple) else (values, None))
     return draws

@@ -118,18 +118,26 @@ class ImageTokens(torch.utils.data.Dataset):
     dataset: of `tokenize` (pad-and-crop and flips, on the tokens: a moved small image has moved tokens), or of
     `load_images` where `random_crop`. Rows have a `label` where it has one, and with `masked` a `bool_masked_pos` (N,), True
     where a pixel is hidden [V2 2.1]. What is drawn depends on (seed, epoch, index) alone, so it is the same on any number
-    of processes and workers (not persistent ones, which never learn of a new epoch), and after a resume.
+    of processes and workers, and after a resume. `begin_epoch` says which epoch it is, and nothing else does: accelerate,
+    which calls a `set_epoch` of datasets, does so in some of its loaders only, and with numbers of its own.
     """
 
     def __init__(self, dataset, processor, random_crop=False, random_flip=False, pad_crop=False, masked=False, seed=0):
         self.processor, self.random_crop, self.random_flip = processor, random_crop, random_flip
-        self.pad_crop, self.masked, self.seed, self.epoch = pad_crop, masked, seed, 0
+        self.pad_crop, self.masked, self.seed = pad_crop, masked, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self.width = processor.token_grid()[1]
         self.labels = np.asarray(dataset[LABEL]) if LABEL in dataset.column_names else None
         self.dataset = dataset if random_crop else dataset.with_format("numpy", columns=[TOKENS], dtype=np.uint16)
 
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
+    @property
+    def epoch(self) -> int:
+        """The epoch that rows are drawn for."""
+        return int(self._epoch)
+
+    def begin_epoch(self, epoch: int):
+        """From now on draw crops, flips and masks for `epoch`, in workers that are at it already too."""
+        self._epoch.fill_(epoch)
 
     def __len__(self):
         return len(self.dataset)

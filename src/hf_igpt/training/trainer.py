@@ -12,11 +12,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-from ..data import MASK, collate_classified, collate_tokens
+from ..data import MASK, ImageTokens, collate_classified, collate_tokens
 from ..evaluation.metrics import BITS_PER_NAT, accuracy, nats_per_image
 from ..modeling_imagegpt import ImageGPTForImageClassification
 from .arguments import WARMUP_SHARE
-from .callbacks import Clock
+from .callbacks import Clock, DrawAnew
 
 
 class ImageGPTTrainer(Trainer):
@@ -35,7 +35,9 @@ class ImageGPTTrainer(Trainer):
             "data_collator": collate_classified if self.classifies else collate_tokens,
             "compute_metrics": classification_metrics if self.classifies else held_out_metrics,
         }
-        super().__init__(model, callbacks=[*callbacks, *([clock] if clock else [])], **(defaults | kwargs))
+        rows = kwargs.get("train_dataset")
+        ours = [DrawAnew(rows)] if isinstance(rows, ImageTokens) else []
+        super().__init__(model, callbacks=[*callbacks, *ours, *([clock] if clock else [])], **(defaults | kwargs))
         self._parts, self._parts_since = {}, 0  # sums over steps of the parts of the loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
