@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -247,8 +248,8 @@ def test_two_processes_draw_what_one_draws_in_every_epoch(place):
     pretrain(**run(place, "epochs of one", **EPOCHS))
     expected = by_step(place / "epochs of one", 1)
     assert list(expected) == list(range(10)) and {len(rows) for rows in expected.values()} == {16}
-    epochs = [sum((expected[step] for step in range(first, first + PER_EPOCH)), []) for first in (0, 3, 6)]
-    for one, other in zip(epochs, epochs[1:], strict=False):
+    epochs = [[row for step in range(first, first + PER_EPOCH) for row in expected[step]] for first in (0, 3, 6)]
+    for one, other in pairwise(epochs):
         masks, others = ({tuple(row[64:]) for row in rows} for rows in (one, other))
         assert len(masks) == 48 and not masks & others
         assert 0 < len({tuple(row[:64]) for row in one} & {tuple(row[:64]) for row in other}) < 48  # some are flipped
