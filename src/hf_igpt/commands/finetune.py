@@ -55,6 +55,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     validation, train, test = images.rows("validation", masked), images.training_rows(masked), images.tokens("test")
     rate = 1.0 if config is None else FINETUNING_RATE
     args.resolve(size, model.config.objective, processor.token_grid()[0], len(train), rate)
+    if checkpoint:
+        runs.check_same_arguments(checkpoint, args)
     runs.write_run(args, model_args, images, model, len(train))
     if args.should_save:
         plots.palette_picture(processor.clusters).save(folder / "palette.png")

@@ -180,8 +180,6 @@ class RecipeArguments(TrainingArguments):
             raise ValueError("--max_minutes decays the learning rate by a cosine: leave --lr_scheduler_type out.")
         if self.prediction_loss_only:
             raise ValueError("--prediction_loss_only is not supported: nats per pixel are taken from the predictions.")
-        if self.dataloader_persistent_workers:
-            raise ValueError("--dataloader_persistent_workers is not supported: such workers repeat an epoch's crops.")
 
     def per_device_share(self, batch_size: int) -> int:
         """Images per process and forward pass that make `batch_size` images per optimiser step."""
@@ -201,6 +199,12 @@ class RecipeArguments(TrainingArguments):
             share = self.train_batch_size
         return share * self.gradient_accumulation_steps * self.world_size
 
+    def steps_per_epoch(self, n_images: int) -> int:
+        """Optimiser steps of one epoch, the last of which may have fewer images unless --dataloader_drop_last."""
+        per_batch = self.train_batch_size * self.world_size
+        batches = n_images // per_batch if self.dataloader_drop_last else math.ceil(n_images / per_batch)
+        return max(1, math.ceil(batches / self.gradient_accumulation_steps))
+
     def resolve(self, size: str, objective: str, image_size: int, n_images: int | None, rate: float = 1.0):
         """Fill in all that depends on the model and its images. Called once, before the Trainer is built.
 
@@ -214,7 +218,7 @@ class RecipeArguments(TrainingArguments):
             self.learning_rate = rate * recipe.learning_rate_for(objective, image_size)
         if n_images is None and self.max_steps <= 0:
             raise ValueError("A stream has no length: give --max_steps.")
-        per_epoch = None if n_images is None else math.ceil(n_images / self.images_per_step())
+        per_epoch = None if n_images is None else self.steps_per_epoch(n_images)
         total = self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * per_epoch)
         if not self.warmup_given and per_epoch is None:
             self.warmup_steps = WARMUP_FRACTION
@@ -236,7 +240,7 @@ class RecipeArguments(TrainingArguments):
         if self.max_steps > 0:
             steps = f"{self.max_steps:,}{limit}"
         else:
-            count = math.ceil(self.num_train_epochs * math.ceil(n_images / self.images_per_step()))
+            count = math.ceil(self.num_train_epochs * self.steps_per_epoch(n_images))
             steps = f"{count:,} ({self.num_train_epochs:g} epochs){limit}"
         precision = {"bf16": "bfloat16", "fp16": "float16"}.get(self.mixed_precision)  # by a flag or the launcher
         schedule = self.lr_scheduler_type.value.replace("_", " ")

@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-from ..data import MASK, ImageTokens, collate_classified, collate_tokens
+from ..data import MASK, TOKENS, ImageTokens, collate_classified, collate_tokens
 from ..evaluation.metrics import BITS_PER_NAT, accuracy, nats_per_image
 from ..modeling_imagegpt import ImageGPTForImageClassification
 from .arguments import WARMUP_SHARE
 from .callbacks import Clock, DrawAnew
+
+
+class NotFinite(ValueError):
+    """Training has diverged: a loss or a weight is NaN or infinite."""
 
 
 class ImageGPTTrainer(Trainer):
@@ -66,9 +71,51 @@ class ImageGPTTrainer(Trainer):
         alone = {"num_processes": 1, "process_index": 0, "dispatch_batches": False}
         return prepare_data_loader(loader, self.accelerator.device, put_on_device=True, **alone)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As `Trainer`'s, but of all images: it would drop the last ones with --dataloader_drop_last."""
+        with self.dropping_nothing():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As `Trainer`'s, but of all images: it would drop the last ones with --dataloader_drop_last."""
+        with self.dropping_nothing():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def dropping_nothing(self):
+        """Within it loaders are built for all images."""
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drops
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As `Trainer`'s; a loss that is not finite ends the run with a `NotFinite` error and the images it came from."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite():
+            folder = Path(self.args.output_dir) / f"not-finite-{self.args.process_index}"
+            folder.mkdir(parents=True, exist_ok=True)
+            tokens = inputs[TOKENS if self.classifies else "labels"]
+            for index, image in enumerate(self.processing_class.decode(tokens)):
+                image.save(folder / f"{index}.png")
+            self.stop_diverged(f"The loss is {loss.item()}; the images it came from are in {folder}")
+        return loss
+
+    def stop_diverged(self, what: str):
+        """End the run with a `NotFinite` error that begins with `what`."""
+        (rate, *_) = self.lr_scheduler.get_last_lr()
+        raise NotFinite(
+            f"{what}. The run has diverged after step {self.state.global_step}, at a learning rate of {rate:.3g}: the "
+            "checkpoints before are kept. Give another --output_dir and a lower --learning_rate, or more --warmup_steps."
+        )
+
     def save_model(self, output_dir=None, _internal_call=False):
         """As `Trainer`'s. Of sharded weights, which it would leave out: in checkpoints, whose shards are written with the
         optimiser's, all but the weights; elsewhere the whole model, as `from_pretrained` reads it."""
+        if self.state.global_step and not all(weight.isfinite().all() for weight in self.model.parameters()):
+            self.stop_diverged("Weights are not finite")
         if not self.saves_shards:
             return super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self.args.output_dir)
@@ -123,12 +170,15 @@ class ImageGPTTrainer(Trainer):
 
     def images_seen(self, step: int) -> int:
         """Images that the first `step` steps were made of; an epoch's last step may hold fewer than the others."""
-        args = self.args
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        per_step = self.args.images_per_step()
         if not has_length(self.train_dataset):
             return step * per_step
-        epochs, steps = divmod(step, math.ceil(len(self.train_dataset) / per_step))
-        return epochs * len(self.train_dataset) + steps * per_step
+        n_images = len(self.train_dataset)
+        epochs, steps = divmod(step, self.args.steps_per_epoch(n_images))
+        if self.args.dataloader_drop_last:
+            per_batch = self.args.train_batch_size * self.args.world_size
+            n_images -= n_images % per_batch
+        return epochs * n_images + steps * per_step
 
     @property
     def measured_step(self) -> int:
