@@ -50,7 +50,7 @@ def allow_fsdp_on_cpus():
 
 
 def pretrain(folder, model, images, environment=None, record=False, **options):
-    """A run; with `record`, the tokens that this process trains on, step by step, go to folder/seen-RANK.pt."""
+    """A run; with `record`, what this process trains on, (step, tokens, masks) of each, goes to folder/seen-RANK.pt."""
     for name in list(os.environ):
         if name.startswith(("ACCELERATE_USE_FSDP", "ACCELERATE_MIXED", "FSDP_")):
             del os.environ[name]
@@ -58,7 +58,7 @@ def pretrain(folder, model, images, environment=None, record=False, **options):
     seen, compute_loss = [], ImageGPTTrainer.compute_loss
 
     def recording(self, model, inputs, *args, **kwargs):
-        seen.append((self.state.global_step, inputs["labels"].clone()))
+        seen.append((self.state.global_step, inputs["labels"].clone(), inputs.get("bool_masked_pos")))
         return compute_loss(self, model, inputs, *args, **kwargs)
 
     if record:

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 
 from hf_igpt import ImageGPTImageProcessorPil, data
@@ -273,7 +274,7 @@ def test_epochs_flip_anew_and_alike_everywhere(folder, processor):
     flips = []
     for epoch in range(4):
         dataset = ImageTokens(tokens, processor, random_flip=True, seed=3)
-        dataset.set_epoch(epoch)
+        dataset.begin_epoch(epoch)
         rows = rows_of(dataset)
         assert np.array_equal(rows[7], dataset[7]["input_ids"])
         flipped = (rows == mirrored).all(axis=1)
@@ -281,6 +282,29 @@ def test_epochs_flip_anew_and_alike_everywhere(folder, processor):
         flips.append(flipped)
     assert 0.3 < np.mean(flips) < 0.7
     assert len({tuple(row) for row in np.array(flips).tolist()}) == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_loaders_draw_for_the_epoch_that_was_begun(folder, processor, num_workers, persistent):
+    """With workers that live for all epochs too, and if accelerate's loader counts otherwise."""
+    tokens = tokenize(load_images(DataArguments(train_dir=str(folder)))["train"], processor)
+    dataset = ImageTokens(tokens, processor, random_flip=True, masked=True, seed=3)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=4,
+        collate_fn=collate_tokens,
+        num_workers=num_workers,
+        persistent_workers=persistent and num_workers > 0,
+    )
+    loaders = [loader, prepare_data_loader(loader, num_processes=1, process_index=0)]
+    for epoch in (0, 1, 5, 1):
+        dataset.begin_epoch(epoch)
+        expected = collate_tokens(dataset.__getitems__(range(len(dataset))))
+        for one in loaders:
+            batches = list(one)
+            for name, values in expected.items():
+                assert torch.equal(torch.cat([batch[name] for batch in batches]), values)
 
 
 def test_random_crop_is_the_papers():
@@ -300,7 +324,7 @@ def test_random_crops_are_drawn_anew_each_epoch(folder, processor):
     rows = []
     for epoch in (0, 1, 0):
         dataset = ImageTokens(images, processor, random_crop=True, seed=1)
-        dataset.set_epoch(epoch)
+        dataset.begin_epoch(epoch)
         rows.append(rows_of(dataset, [0, 5]))
     assert rows[0].shape == (2, 64) and not np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
 
@@ -375,7 +399,7 @@ def test_masks_hide_15_percent_anew_each_epoch(folder, parquet, processor):
     masks = []
     for epoch in range(6):
         dataset = ImageTokens(tokens, processor, masked=True, seed=3)
-        dataset.set_epoch(epoch)
+        dataset.begin_epoch(epoch)
         masks.append(rows_of(dataset, name="bool_masked_pos"))
         assert np.array_equal(masks[-1][4], dataset[4]["bool_masked_pos"])
     masks = np.stack(masks)  # (epochs, images, N)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -34,6 +35,17 @@ SMALL = "n_layer=2,n_embd=32,n_head=2"
 STEPS, AT = 6, 3  # of a run, and where it is interrupted
 RUN = {"max_steps": STEPS, "save_steps": AT, "eval_steps": AT, "logging_steps": 1, "seed": 1, "save_total_limit": None}
 STREAM_STEPS, PER_PROCESS = 8, 4
+# Masks and flips over four epochs of three steps of 16 images, with a checkpoint in the middle of the second.
+PER_EPOCH, IN_EPOCH = 3, 4
+EPOCHS = {
+    "objective": "masked",
+    "images": {"max_train_samples": 48, "max_eval_samples": 16, "random_flip": True},
+    "max_steps": 10,
+    "save_steps": IN_EPOCH,
+    "eval_steps": IN_EPOCH,
+    "dataloader_num_workers": 1,
+    "record": True,
+}
 
 
 def launch(folder, n_processes, jobs):
@@ -95,6 +107,9 @@ def place(tmp_path_factory):
             ["pretrain", run(folder, "fsdp", fsdp | FLOAT32, num_samples=2, milestones="0.5")],
             ["pretrain", run(folder, "checkpoints of bf16", fsdp, max_steps=2, save_steps=2, eval_steps=2)],
             ["pretrain", run(folder, "palette", ddp | FLOAT32, **fitting)],
+            ["pretrain", run(folder, "epochs", ddp | FLOAT32, **EPOCHS)],
+            ["interrupt", {"folder": f"{folder}/epochs", "step": IN_EPOCH, "to": f"{folder}/epochs resumed"}],
+            ["pretrain", run(folder, "epochs resumed", ddp | FLOAT32, **EPOCHS)],
             ["pretrain", stream],
             ["interrupt", {"folder": f"{folder}/stream", "step": AT, "to": f"{folder}/stream resumed"}],
             ["pretrain", stream | {"folder": f"{folder}/stream resumed"}],
@@ -216,20 +231,54 @@ def test_two_processes_fit_one_palette(place):
     assert len(AutoImageProcessor.from_pretrained(place / "palette").clusters) == 4
 
 
+# -- epochs ------------------------------------------------------------------------------------------------------------
+
+
+def by_step(folder, n_processes):
+    """step -> the rows of all processes, tokens and masks together, in an order of their own."""
+    steps = {}
+    for process in range(n_processes):
+        for step, tokens, masks in torch.load(folder / f"seen-{process}.pt"):
+            steps.setdefault(step, []).extend(torch.cat([tokens, masks.long()], dim=1).tolist())
+    return {step: sorted(rows) for step, rows in steps.items()}
+
+
+def test_two_processes_draw_what_one_draws_in_every_epoch(place):
+    """Flips and masks, row by row; also of a run that two processes, or one, resumed in the middle of an epoch."""
+    pretrain(**run(place, "epochs of one", **EPOCHS))
+    expected = by_step(place / "epochs of one", 1)
+    assert list(expected) == list(range(10)) and {len(rows) for rows in expected.values()} == {16}
+    epochs = [[row for step in range(first, first + PER_EPOCH) for row in expected[step]] for first in (0, 3, 6)]
+    for one, other in pairwise(epochs):
+        masks, others = ({tuple(row[64:]) for row in rows} for rows in (one, other))
+        assert len(masks) == 48 and not masks & others
+        assert 0 < len({tuple(row[:64]) for row in one} & {tuple(row[:64]) for row in other}) < 48  # some are flipped
+    assert by_step(place / "epochs", 2) == expected
+    rest = {step: rows for step, rows in expected.items() if step >= IN_EPOCH}
+    assert by_step(place / "epochs resumed", 2) == rest
+    (place / "epochs of one resumed").mkdir()
+    interrupt(place / "epochs of one", IN_EPOCH, place / "epochs of one resumed")
+    pretrain(**run(place, "epochs of one resumed", **EPOCHS))
+    assert by_step(place / "epochs of one resumed", 1) == rest
+    for name in ("epochs", "epochs resumed", "epochs of one resumed"):
+        assert losses(place / name)[-6:] == pytest.approx(losses(place / "epochs of one")[-6:], rel=1e-5), name
+        assert largest_difference(place / "epochs of one", place / name) <= 1e-5, name
+
+
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
 def seen(folder):
-    """What each of the two processes was trained on: [(step, tokens (B, N)), …]."""
+    """What each of the two processes was trained on: [(step, tokens (B, N), masks or None), …]."""
     return [torch.load(folder / f"seen-{process}.pt") for process in range(2)]
 
 
 def test_processes_train_on_shares_of_a_stream(place):
     shares = []
     for process in seen(place / "stream"):
-        assert [step for step, _ in process] == list(range(STREAM_STEPS))
-        assert all(tokens.shape == (PER_PROCESS, 64) for _, tokens in process)
-        rows = torch.cat([tokens for _, tokens in process]).reshape(-1, 8, 8)
+        assert [step for step, *_ in process] == list(range(STREAM_STEPS))
+        assert all(tokens.shape == (PER_PROCESS, 64) for _, tokens, _ in process)
+        rows = torch.cat([tokens for _, tokens, _ in process]).reshape(-1, 8, 8)
         shares.append({min(tuple(row.flatten().tolist()), tuple(row.flip(1).flatten().tolist())) for row in rows})
     assert not shares[0] & shares[1]
     assert 8 < len(shares[0]) <= 12 and 8 < len(shares[1]) <= 12  # of the 12 images of each process's two files
@@ -237,8 +286,8 @@ def test_processes_train_on_shares_of_a_stream(place):
 
 def test_a_resumed_stream_goes_on_where_it_was(place):
     for whole, resumed in zip(seen(place / "stream"), seen(place / "stream resumed"), strict=True):
-        assert [step for step, _ in resumed] == list(range(AT, STREAM_STEPS))
-        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(whole[AT:], resumed, strict=True))
+        assert [step for step, *_ in resumed] == list(range(AT, STREAM_STEPS))
+        assert all(torch.equal(a, b) for (_, a, _), (_, b, _) in zip(whole[AT:], resumed, strict=True))
     assert largest_difference(place / "stream", place / "stream resumed") == 0
 
 

@@ -57,6 +57,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     validation, train, test = images.rows("validation", masked), images.training_rows(masked), images.tokens("test")
     rate = 1.0 if config is None else FINETUNING_RATE
     args.resolve(size, model.config.objective, processor.token_grid()[0], len(train), rate)
+    if checkpoint:
+        runs.check_same_arguments(checkpoint, args)
     runs.write_run(args, model_args, images, model, len(train))
     if args.should_save:
         plots.palette_picture(processor.palette).save(folder / "palette.png")
@@ -90,7 +92,7 @@ def predict_test(
     draws: list[tuple[np.ndarray, np.ndarray | None]] = []
     for draw in range(n_draws):
         rows = images.rows("test", trainer.model.config.objective == "masked")
-        rows.set_epoch(draw)  # for other masks
+        rows.begin_epoch(draw)  # for other masks
         values: Any = trainer.predict(rows, metric_key_prefix="test").predictions
         draws.append(values if isinstance(values, tuple) else (values, None))
     return draws

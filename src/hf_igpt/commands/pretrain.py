@@ -60,6 +60,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     train = images.training_rows(masked)
     n_images = None if images.is_stream else len(train)
     args.resolve(args.size, model.config.objective, processor.token_grid()[0], n_images)
+    if checkpoint:
+        runs.check_same_arguments(checkpoint, args)
     runs.write_run(args, model_args, images, model, n_images)
     reference = measure_counting_baselines(images, masked) if args.should_log else {}
     if args.should_save:

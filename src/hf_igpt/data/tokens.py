@@ -137,8 +137,8 @@ class ImageTokens(torch.utils.data.Dataset[Row]):
     dataset: from `tokenize`, or, with `random_crop`, from `load_images`. pad_crop and random_flip work on tokens, because
     moving the pixels of a small image moves its tokens. Rows have a `label` if the dataset does, and with `masked` a
     `bool_masked_pos` (N,), True where a pixel is hidden [V2 2.1]. Random draws depend only on (seed, epoch, index), so they
-    are the same for any number of processes and workers, and after resuming. Persistent workers are not supported, because
-    they do not learn of a new epoch.
+    are the same for any number of processes and workers, and after resuming. Only `begin_epoch` says which epoch it is:
+    accelerate, which calls a `set_epoch` of datasets, does so in some of its loaders only, and with numbers of its own.
     """
 
     def __init__(
@@ -152,14 +152,20 @@ class ImageTokens(torch.utils.data.Dataset[Row]):
         seed: int = 0,
     ) -> None:
         self.processor, self.random_crop, self.random_flip = processor, random_crop, random_flip
-        self.pad_crop, self.masked, self.seed, self.epoch = pad_crop, masked, seed, 0
+        self.pad_crop, self.masked, self.seed = pad_crop, masked, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self.width = processor.token_grid()[1]
         self.labels = np.asarray(dataset[LABEL]) if LABEL in dataset.column_names else None
         self.dataset = dataset if random_crop else dataset.with_format("numpy", columns=[TOKENS], dtype=np.uint16)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose draws the rows have."""
-        self.epoch = epoch
+    @property
+    def epoch(self) -> int:
+        """The epoch that rows are drawn for."""
+        return int(self._epoch)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """From now on draw crops, flips and masks for `epoch`, also in workers that are running already."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)

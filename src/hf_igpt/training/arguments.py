@@ -196,8 +196,6 @@ class RecipeArguments(TrainingArguments):
             raise ValueError(
                 "--prediction_loss_only is not supported: nats per pixel are computed from the predictions."
             )
-        if self.dataloader_persistent_workers:
-            raise ValueError("--dataloader_persistent_workers is not supported: such workers repeat an epoch's crops.")
 
     def per_device_share(self, batch_size: int) -> int:
         """Return the images per process and forward pass that make `batch_size` images per optimiser step.
@@ -223,6 +221,12 @@ class RecipeArguments(TrainingArguments):
             share = self.train_batch_size
         return share * self.gradient_accumulation_steps * self.world_size
 
+    def steps_per_epoch(self, n_images: int) -> int:
+        """Return the optimiser steps of an epoch; the last may have fewer images, unless --dataloader_drop_last."""
+        per_batch = self.train_batch_size * self.world_size
+        batches = n_images // per_batch if self.dataloader_drop_last else math.ceil(n_images / per_batch)
+        return max(1, math.ceil(batches / self.gradient_accumulation_steps))
+
     def resolve(self, size: str, objective: str, image_size: int, n_images: int | None, rate: float = 1.0) -> None:
         """Fill in the defaults that depend on the model and its images. Called once, before the Trainer is built.
 
@@ -241,7 +245,7 @@ class RecipeArguments(TrainingArguments):
                 raise ValueError("A stream has no length: give --max_steps.")
             total, warmup = self.max_steps, WARMUP_FRACTION
         else:
-            per_epoch = math.ceil(n_images / self.images_per_step())
+            per_epoch = self.steps_per_epoch(n_images)
             total = self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * per_epoch)
             if self.warmup_epochs is not None:
                 warmup = math.ceil(self.warmup_epochs * per_epoch)
@@ -263,7 +267,7 @@ class RecipeArguments(TrainingArguments):
         if self.max_steps > 0 or n_images is None:
             steps = f"{self.max_steps:,}{limit}"
         else:
-            count = math.ceil(self.num_train_epochs * math.ceil(n_images / self.images_per_step()))
+            count = math.ceil(self.num_train_epochs * self.steps_per_epoch(n_images))
             steps = f"{count:,} ({self.num_train_epochs:g} epochs){limit}"
         precision = {"bf16": "bfloat16", "fp16": "float16"}.get(self.mixed_precision)  # set by a flag or the launcher
         schedule = SchedulerType(self.lr_scheduler_type).value.replace("_", " ")

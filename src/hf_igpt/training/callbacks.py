@@ -1,5 +1,6 @@
 """Callbacks for training: a time limit, progress in images, a picture at each evaluation, milestones, pushes of checkpoints."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,23 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
+from ..data import ImageTokens
 from ..evaluation.metrics import BITS_PER_NAT
+
+
+class DrawAnew(TrainerCallback):
+    """Tells the rows of training which epoch begins: their crops, flips and masks are drawn anew in each.
+
+    The epoch is the one that the steps say, whatever the loaders count: right with any number of processes, and after
+    resuming in the middle of an epoch.
+    """
+
+    def __init__(self, rows: ImageTokens):
+        self.rows = rows
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        self.rows.begin_epoch(state.global_step // steps)
 
 
 class Clock(TrainerCallback):

@@ -2,9 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -14,12 +15,16 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, has_length
 
-from ..data import MASK, collate_classified, collate_tokens
+from ..data import MASK, TOKENS, ImageTokens, collate_classified, collate_tokens
 from ..evaluation.metrics import BITS_PER_NAT, accuracy, nats_per_image
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import ImageGPTForImageClassification, ImageGPTPreTrainedModel
 from .arguments import WARMUP_SHARE
-from .callbacks import Clock
+from .callbacks import Clock, DrawAnew
+
+
+class NotFinite(ValueError):
+    """Training has diverged: a loss or a weight is NaN or infinite."""
 
 
 class ImageGPTTrainer(Trainer):
@@ -54,7 +59,9 @@ class ImageGPTTrainer(Trainer):
             "data_collator": collate_classified if self.classifies else collate_tokens,
             "compute_metrics": compute_classification_metrics if self.classifies else compute_held_out_metrics,
         }
-        super().__init__(model, callbacks=[*callbacks, *([clock] if clock else [])], **(defaults | kwargs))
+        rows = kwargs.get("train_dataset")
+        ours: list[TrainerCallback] = [DrawAnew(rows)] if isinstance(rows, ImageTokens) else []
+        super().__init__(model, callbacks=[*callbacks, *ours, *([clock] if clock else [])], **(defaults | kwargs))
         self._parts: dict[str, torch.Tensor] = {}  # the terms of the loss, summed over the steps since `_parts_since`
         self._parts_since = 0
 
@@ -92,12 +99,59 @@ class ImageGPTTrainer(Trainer):
         alone = {"num_processes": 1, "process_index": 0, "dispatch_batches": False}
         return prepare_data_loader(loader, self.accelerator.device, put_on_device=True, **alone)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As `Trainer`'s, but of all images: it would drop the last ones with --dataloader_drop_last."""
+        with self.dropping_nothing():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As `Trainer`'s, but of all images: it would drop the last ones with --dataloader_drop_last."""
+        with self.dropping_nothing():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def dropping_nothing(self) -> Iterator[None]:
+        """Within it loaders are built for all images."""
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drops
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """As `Trainer`'s; a loss that is not finite ends the run with a `NotFinite` error and the images it came from."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite():
+            folder = Path(str(self.args.output_dir)) / f"not-finite-{self.args.process_index}"
+            folder.mkdir(parents=True, exist_ok=True)
+            tokens = inputs[TOKENS if self.classifies else "labels"]
+            for index, image in enumerate(self.processing_class.decode(tokens)):
+                image.save(folder / f"{index}.png")
+            self.stop_diverged(f"The loss is {loss.item()}; the images it came from are in {folder}")
+        return loss
+
+    def stop_diverged(self, what: str) -> NoReturn:
+        """End the run with a `NotFinite` error that begins with `what`."""
+        rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler else self.args.learning_rate
+        raise NotFinite(
+            f"{what}. The run has diverged after step {self.state.global_step}, at a learning rate of {rate:.3g}: the "
+            "checkpoints before are kept. Give another --output_dir and a lower --learning_rate, or more --warmup_steps."
+        )
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as `Trainer` does, or, if weights are sharded, save what it would leave out.
 
         In a checkpoint, whose shards are written with the optimiser's, that is everything but the weights; elsewhere it is
         the whole model, for `from_pretrained`.
         """
+        if self.state.global_step and not all(weight.isfinite().all() for weight in self.model.parameters()):
+            self.stop_diverged("Weights are not finite")
         if not self.saves_shards:
             return super().save_model(output_dir, _internal_call)
         run = Path(str(self.args.output_dir))
@@ -160,13 +214,23 @@ class ImageGPTTrainer(Trainer):
         super().log(logs, start_time)
 
     def images_seen(self, step: int) -> int:
-        """Return the number of images in the first `step` steps. The last step of an epoch may have fewer than the others."""
-        args = self.args
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        args: Any = self.args
+        per_step = args.images_per_step()
+        if not has_length(self.train_dataset):
+            return int(step * per_step)
+        n_images = len(self.train_dataset)
+        epochs, steps = divmod(step, args.steps_per_epoch(n_images))
+        if args.dataloader_drop_last:
+            n_images -= n_images % (args.train_batch_size * args.world_size)
+        return int(epochs * n_images + steps * per_step)
         if not has_length(self.train_dataset):
             return step * per_step
-        epochs, steps = divmod(step, math.ceil(len(self.train_dataset) / per_step))
-        return epochs * len(self.train_dataset) + steps * per_step
+        n_images = len(self.train_dataset)
+        epochs, steps = divmod(step, self.args.steps_per_epoch(n_images))
+        if self.args.dataloader_drop_last:
+            per_batch = self.args.train_batch_size * self.args.world_size
+            n_images -= n_images % per_batch
+        return epochs * n_images + steps * per_step
 
     @property
     def measured_step(self) -> int:

@@ -1,0 +1,224 @@
+"""Runs that are interrupted, changed, doubled or diverging: nothing silently wrong, nothing lost."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import greys, history, run, weights  # noqa: F401 (a fixture)
+
+from hf_igpt.commands.finetune import finetune
+from hf_igpt.data import DataArguments
+from hf_igpt.evaluation.records import read_records
+from hf_igpt.training import runs
+from hf_igpt.training.arguments import FinetuningArguments, ModelArguments
+from hf_igpt.training.trainer import ImageGPTTrainer, NotFinite
+
+
+SAVING = {
+    "save_strategy": "steps",
+    "eval_strategy": "steps",
+    "save_steps": 2,
+    "eval_steps": 2,
+    "save_total_limit": None,
+}
+IMAGES = {"random_flip": True, "max_train_samples": 40}  # 3 steps an epoch
+
+
+def kill_after_training(whole, folder, step=None):
+    """A copy of a finished run as it is if it was killed before its model and records were written."""
+    for place in whole.glob("checkpoint-*"):
+        if step is None or int(place.name.split("-")[1]) <= step:
+            shutil.copytree(place, folder / place.name)
+    for name in ("run.json", "preprocessor_config.json", "palette.png"):
+        shutil.copy(whole / name, folder)
+
+
+# -- killed after the last checkpoint ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"max_steps": 6},
+        {"max_steps": 5},
+        {"max_steps": -1, "num_train_epochs": 1.5},
+        {"max_steps": -1, "num_train_epochs": 2},
+        {"max_steps": 10**6, "max_minutes": 0.05},
+    ],
+    ids=str,
+)
+def test_what_was_trained_is_not_trained_further(tmp_path, greys, length, monkeypatch):  # noqa: F811
+    options = length | SAVING | {"images": IMAGES}
+    expected = run(tmp_path / "whole", greys, **options)
+    last = max(int(path.name.split("-")[1]) for path in (tmp_path / "whole").glob("checkpoint-*"))
+    assert last == json.loads((tmp_path / "whole" / "trainer_state.json").read_text())["global_step"]
+    (tmp_path / "killed").mkdir()
+    kill_after_training(tmp_path / "whole", tmp_path / "killed")
+    monkeypatch.setattr(ImageGPTTrainer, "training_step", lambda *_, **__: pytest.fail("trained on"))
+    records = run(tmp_path / "killed", greys, **options)
+    assert records == expected == read_records(tmp_path / "killed" / "records.json")
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "killed")[name])
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+
+
+def fine_tune(folder, greys, **options):  # noqa: F811
+    arguments = FinetuningArguments(
+        output_dir=str(folder), use_cpu=True, disable_tqdm=True, num_train_epochs=30, seed=1, **options
+    )
+    model = ModelArguments(image_processor_name=greys, config_overrides="n_layer=2,n_embd=32,n_head=2")
+    return finetune(model, DataArguments(max_train_samples=40, max_eval_samples=50), arguments)
+
+
+def test_early_stopping_is_not_undone(tmp_path, greys, monkeypatch):  # noqa: F811
+    options = {"early_stopping_patience": 1, "learning_rate": 1e-9, "save_total_limit": None}
+    expected = fine_tune(tmp_path / "whole", greys, **options)
+    assert len(list((tmp_path / "whole").glob("checkpoint-*"))) < 30  # it stopped early
+    (tmp_path / "killed").mkdir()
+    kill_after_training(tmp_path / "whole", tmp_path / "killed")
+    monkeypatch.setattr(ImageGPTTrainer, "training_step", lambda *_, **__: pytest.fail("trained on"))
+    assert fine_tune(tmp_path / "killed", greys, **options) == expected
+
+
+# -- changed arguments -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, greys):  # noqa: F811
+    whole = tmp_path_factory.mktemp("interrupted") / "whole"
+    run(whole, greys, max_steps=6, images=IMAGES, **SAVING)
+    return whole
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"learning_rate": 0.1},
+        {"weight_decay": 0.5},
+        {"adam_beta1": 0.5},
+        {"adam_beta2": 0.5},
+        {"adam_epsilon": 1e-3},
+        {"lr_scheduler_type": "linear"},
+        {"warmup_steps": 3},
+        {"per_device_train_batch_size": 8},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 16},
+        {"bf16": True},
+        {"max_grad_norm": 0.1},
+        {"data_seed": 5},
+        {"max_steps": 8},
+        {"optim": "sgd"},
+        {"max_minutes": 5.0},
+        {"load_best_model_at_end": False},
+        {"dataloader_drop_last": True},
+        {"neftune_noise_alpha": 5.0},
+    ],
+    ids=str,
+)
+def test_another_recipe_is_refused_by_name(tmp_path, greys, interrupted, changed):  # noqa: F811
+    kill_after_training(interrupted, tmp_path, step=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (name, *_) = changed
+    named = "images_per_step" if "batch" in name or "accumulation" in name else name
+    with pytest.raises(ValueError, match=rf"was trained with .*--{named} .*repeat that"):
+        run(tmp_path, greys, **({"max_steps": 6, "images": IMAGES} | SAVING | changed))
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != runs.LOCK}
+    assert after == before
+
+
+def test_the_same_step_may_be_shared_out_otherwise(tmp_path, greys, interrupted):  # noqa: F811
+    kill_after_training(interrupted, tmp_path, step=2)
+    other = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, "logging_steps": 2}
+    run(tmp_path, greys, **({"max_steps": 6, "images": IMAGES} | SAVING | other))
+    for name, tensor in weights(interrupted).items():
+        assert (tensor - weights(tmp_path)[name]).abs().max() < 1e-5
+
+
+# -- two runs in one folder --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path, greys, interrupted):  # noqa: F811
+    """Held by another process, which then is killed."""
+    kill_after_training(interrupted, tmp_path, step=2)
+    holder = textwrap.dedent(
+        f"""
+        import time
+        from pathlib import Path
+        from hf_igpt.training.runs import own_folder
+        own_folder(Path({str(tmp_path)!r}))
+        print("held", flush=True)
+        time.sleep(60)
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="Another run is writing to"):
+            run(tmp_path, greys, max_steps=6, images=IMAGES, **SAVING)
+    finally:
+        process.kill()
+        process.wait()
+    run(tmp_path, greys, max_steps=6, images=IMAGES, **SAVING)  # the lock died with its process
+    assert (tmp_path / "records.json").is_file() and not (tmp_path / runs.LOCK).exists()
+
+
+# -- divergence --------------------------------------------------------------------------------------------------------
+
+
+def test_a_diverging_run_ends_with_what_it_had(tmp_path, greys):  # noqa: F811
+    with pytest.raises(
+        NotFinite, match=r"The run has diverged after step \d+, at a learning rate of .*lower --learning"
+    ):
+        run(tmp_path / "run", greys, max_steps=200, learning_rate=1e30, warmup_steps=0, max_grad_norm=0, **SAVING)
+    assert not (tmp_path / "run" / "records.json").exists()
+    for file in (tmp_path / "run").rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in weights(file.parent).values())
+
+
+def test_the_images_of_a_loss_that_is_not_finite_are_kept(tmp_path, greys, monkeypatch):  # noqa: F811
+    step, rows = ImageGPTTrainer.compute_loss, []
+
+    def spoiled(self, model, inputs, *args, **kwargs):
+        loss = step(self, model, inputs, *args, **kwargs)
+        if model.training and self.state.global_step == 3:
+            rows.append(inputs["labels"])
+            return loss * float("nan")
+        return loss
+
+    monkeypatch.setattr(ImageGPTTrainer, "compute_loss", spoiled)
+    with pytest.raises(NotFinite, match="The loss is nan; the images it came from are in .*not-finite-0"):
+        run(tmp_path / "run", greys, max_steps=6, images=IMAGES, **SAVING)
+    pictures = sorted((tmp_path / "run" / "not-finite-0").glob("*.png"), key=lambda path: int(path.stem))
+    shown = np.stack([np.asarray(Image.open(path))[:, :, 0] for path in pictures]).reshape(len(pictures), -1)
+    assert np.array_equal(shown, rows[0].numpy() * 17)  # 16 greys
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2"}
+
+
+# -- the last images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_held_out", [50, 5])
+def test_evaluation_drops_no_image(tmp_path, greys, n_held_out):  # noqa: F811
+    """--dataloader_drop_last is of training."""
+    records = []
+    for name, drops in (("all", False), ("dropping", True)):
+        images = {"max_train_samples": 48, "max_eval_samples": n_held_out}
+        options = {"dataloader_drop_last": drops, "per_device_eval_batch_size": 16, "eval_strategy": "steps"}
+        arguments = {"max_steps": 4, "eval_steps": 2} | options
+        records.append(run(tmp_path / name, greys, images=images, **arguments)[0])
+    assert records[0] == records[1] and records[0].n == n_held_out
+
+
+def test_training_drops_what_is_left_over(tmp_path, greys):  # noqa: F811
+    """40 images by 16: epochs of two whole steps; a schedule, a count of images and a report that know it."""
+    options = {"max_steps": -1, "num_train_epochs": 3, "dataloader_drop_last": True, "save_strategy": "epoch"}
+    (record, *_) = run(tmp_path / "run", greys, images=IMAGES, **options)
+    assert record.images_seen == 3 * 32
+    assert [entry["images"] for entry in history(tmp_path / "run")] == [16, 32, 48, 64, 80, 96]
+    assert json.loads(Path(tmp_path / "run" / "run.json").read_text())["recipe"]["steps"] == "6 (3 epochs)"
