@@ -25,10 +25,17 @@ class DrawAnew(TrainerCallback):
     resuming in the middle of an epoch.
     """
 
-    def __init__(self, rows: ImageTokens):
+    def __init__(self, rows: ImageTokens) -> None:
         self.rows = rows
 
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         self.rows.begin_epoch(state.global_step // steps)
 

@@ -480,7 +480,7 @@ def finish(trainer: ImageGPTTrainer) -> None:
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
-    folder = Path(trainer.args.output_dir)
+    folder = Path(str(trainer.args.output_dir))
     if lock := OWNED.pop(folder.resolve(), None):
         lock.release(force=True)
         (folder / LOCK).unlink(missing_ok=True)
@@ -502,5 +502,7 @@ def record_training(trainer: ImageGPTTrainer, step: int, *, metric: str, value: 
 
 def record_baseline(record: Record, name: str, value: float) -> Record:
     """What a baseline reaches on the same images as `record`."""
-    network = dict.fromkeys(("objective", "size", "n_layer", "n_embd", "parameters", "images_seen", "started_from"))
+    network: dict[str, Any] = dict.fromkeys(
+        ("objective", "size", "n_layer", "n_embd", "parameters", "images_seen", "started_from")
+    )
     return replace(record, value=value, baseline=name, **network, masks=None, details={})

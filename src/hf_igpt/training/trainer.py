@@ -214,6 +214,7 @@ class ImageGPTTrainer(Trainer):
         super().log(logs, start_time)
 
     def images_seen(self, step: int) -> int:
+        """Return the number of images in the first `step` steps. The last step of an epoch may have fewer than the others."""
         args: Any = self.args
         per_step = args.images_per_step()
         if not has_length(self.train_dataset):
@@ -223,14 +224,6 @@ class ImageGPTTrainer(Trainer):
         if args.dataloader_drop_last:
             n_images -= n_images % (args.train_batch_size * args.world_size)
         return int(epochs * n_images + steps * per_step)
-        if not has_length(self.train_dataset):
-            return step * per_step
-        n_images = len(self.train_dataset)
-        epochs, steps = divmod(step, self.args.steps_per_epoch(n_images))
-        if self.args.dataloader_drop_last:
-            per_batch = self.args.train_batch_size * self.args.world_size
-            n_images -= n_images % per_batch
-        return epochs * n_images + steps * per_step
 
     @property
     def measured_step(self) -> int:
