@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from test_training import SCRIPTS, SMALL, assert_same_run, greys, history, run, weights  # noqa: F401 - a fixture
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from hf_igpt import ImageGPTForMaskedImageModeling, data, evaluation
+from hf_igpt import ImageGPTForMaskedImageModeling, data
 from hf_igpt.commands.finetune import finetune
 from hf_igpt.data import DataArguments
-from hf_igpt.evaluation.records import read_records
+from hf_igpt.evaluation.held_out import find_split_seed
+from hf_igpt.evaluation.records import describe_model, describe_network, read_records
 from hf_igpt.presets import SIZES
 from hf_igpt.training.arguments import FinetuningArguments, ModelArguments
 
@@ -52,10 +53,10 @@ def from_folder(folder):
 
 def test_a_masked_run_learns_and_its_records_say_what_it_is(pretrained):
     records = read_records(pretrained / "masked" / "records.json")
-    found = {record.model.split(",")[0]: record.value for record in records}
+    found = {record.baseline or describe_network(record): record.value for record in records}
     assert set(found) == {"Image GPT masked 2 x 32", "uniform counts", "unigram counts", "position_unigram counts"}
     assert found["Image GPT masked 2 x 32"] < found["uniform counts"]
-    assert records[0].settings["objective"] == "masked"
+    assert records[0].objective == "masked"
     assert json.loads((pretrained / "masked" / "run.json").read_text())["recipe"]["objective"] == "masked"
     picture = Image.open(max((pretrained / "masked" / "samples").iterdir()))
     assert picture.size[0] > picture.size[1]  # two triples side by side
@@ -91,7 +92,7 @@ def test_milestones_are_kept_and_change_nothing(pretrained, tmp_path, greys):  #
     steps = [path.name for path in sorted((folder / "milestones").iterdir())]
     assert steps == ["step-0000006", "step-0000030", "step-0000060"]
     values = [read_records(folder / "milestones" / step / "records.json")[0] for step in steps]
-    assert values[0].value > values[1].value and "96 images seen" in values[0].model
+    assert values[0].value > values[1].value and "96 images seen" in describe_model(values[0])
     assert json.loads((folder / "milestones" / steps[0] / "config.json").read_text())["model_type"] == "imagegpt"
     AutoImageProcessor.from_pretrained(folder / "milestones" / steps[0])
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -169,7 +170,7 @@ def test_variants(objective, options, pretrained, tmp_path):
     tested = [
         record for record in records if (record.metric, record.split, record.baseline) == ("accuracy", "test", False)
     ]
-    assert [record.settings["masks"] for record in tested] == ([3, 1] if objective == "masked" else [0])
+    assert [record.masks for record in tested] == ([3, 1] if objective == "masked" else [None])
 
 
 def test_from_random_weights_the_head_starts_at_zero(pretrained, greys, tmp_path):  # noqa: F811
@@ -177,7 +178,7 @@ def test_from_random_weights_the_head_starts_at_zero(pretrained, greys, tmp_path
     records = fit(tmp_path, model, save_strategy="steps", save_steps=6)
     assert history(tmp_path)[0]["classification_loss"] == pytest.approx(np.log(10), rel=1e-4)
     assert history(tmp_path)[0]["generative_loss"] == pytest.approx(np.log(16), rel=1e-4)
-    assert records[0].settings["started from"] == "random weights"
+    assert records[0].started_from == "random weights"
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
@@ -254,8 +255,8 @@ def test_a_resumed_run_stops_where_an_uninterrupted_one_does(pretrained, tmp_pat
 def test_test_images_are_of_the_split_that_pretraining_held_out(pretrained, tmp_path, capsys):
     records = fit(tmp_path / "run", from_folder(pretrained / "causal"), seed=7, max_steps=2)
     assert "Splits are drawn by seed 1" in capsys.readouterr().out
-    assert records[0].seed == 7 and records[0].settings["split seed"] == 1
-    assert evaluation.split_seed(str(tmp_path / "run"), DataArguments(), 3) == 1
+    assert records[0].seed == 7 and records[0].split_seed == 1
+    assert find_split_seed(str(tmp_path / "run"), DataArguments(), 3) == 1
     with pytest.raises(ValueError, match="train_val_split None, not 0.5"):
         fit(tmp_path / "other", from_folder(pretrained / "causal"), {"train_val_split": 0.5}, max_steps=2)
 

@@ -57,7 +57,18 @@ def save(kind, folder, palette):
     model = randomized(head(small_config(**options)))
     model.save_pretrained(folder)
     ImageGPTImageProcessorPil(clusters=palette[:16], size=8, do_center_crop=True).save_pretrained(folder)
-    record = Record("nats_per_pixel", 1.5, "nats/pixel", "held out", 10, 0, "Image GPT", "noise, 8x8, 16 colours")
+    record = Record(
+        task="generation",
+        metric="nats_per_pixel",
+        value=1.5,
+        unit="nats/pixel",
+        split="held out",
+        n=10,
+        seed=0,
+        dataset="noise",
+        image_size=(8, 8),
+        colors=16,
+    )
     write_records(folder / RECORDS, [record])
     (folder / RUN).write_text(json.dumps({"identity": "x", "recipe": {"objective": "causal", "data": "noise"}}))
     photo().save(folder / "samples.png")

@@ -21,7 +21,7 @@ from hf_igpt.commands.clusters import ClustersArguments, fit_clusters
 from hf_igpt.commands.pretrain import pretrain
 from hf_igpt.data import DataArguments
 from hf_igpt.evaluation.metrics import nats_per_image
-from hf_igpt.evaluation.records import read_records
+from hf_igpt.evaluation.records import describe_model, describe_network, read_records
 from hf_igpt.presets import SIZES
 from hf_igpt.training.arguments import ModelArguments, PretrainingArguments
 from hf_igpt.training.callbacks import Clock, PushCheckpoints
@@ -90,7 +90,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_learns_and_beats_counting_pixels(finished):
     folder, records = finished
-    found = {record.model.split(",")[0]: record.value for record in records}
+    found = {record.baseline or describe_network(record): record.value for record in records}
     assert found["Image GPT 2 x 32"] < found["unigram counts"] < found["uniform counts"]
     assert all(record.n == 359 and record.unit == "nats/pixel" for record in records)
     assert read_records(folder / "records.json") == records
@@ -132,7 +132,7 @@ def test_the_best_model_is_kept(tmp_path, greys):
     best = min(evaluated, key=evaluated.get)
     assert len(evaluated) == 6 and best < 240 and evaluated[240] > evaluated[best] + 0.01
     assert records[0].value == pytest.approx(evaluated[best], rel=1e-5)
-    assert f"{best * 10:,} images seen" in records[0].model  # two steps make an epoch of 20
+    assert f"{best * 10:,} images seen" in describe_model(records[0])  # two steps make an epoch of 20
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-240", f"checkpoint-{best}"}
     kept = weights(tmp_path / f"checkpoint-{best}")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(tmp_path).items())
@@ -385,7 +385,9 @@ def test_fit_clusters(tmp_path, palette, capsys):
     assert Image.open(tmp_path / "fitted" / "palette.png").width > 100
     np.save(tmp_path / "kmeans_centers.npy", palette.astype(np.float32))
     arguments = ClustersArguments(output_dir=str(tmp_path / "read"), palette=str(tmp_path / "kmeans_centers.npy"))
-    assert fit_clusters(arguments, DataArguments())[0].model == "palette of 64 colours from kmeans_centers.npy"
+    assert (
+        describe_model(fit_clusters(arguments, DataArguments())[0]) == "palette of 64 colours from kmeans_centers.npy"
+    )
     with pytest.raises(ValueError, match="17 distinct colours, fewer than the 18"):
         fit_clusters(ClustersArguments(output_dir=str(tmp_path / "many"), num_colors=18), DataArguments())
     assert not (tmp_path / "many").exists()
