@@ -45,8 +45,10 @@ AutoModelForImageClassification.register(ImageGPTConfig, ImageGPTForImageClassif
 AutoModelForMaskedImageModeling.register(ImageGPTConfig, ImageGPTForMaskedImageModeling, exist_ok=True)
 
 # Not AutoImageProcessor.register, which would load transformers' own processors first to merge with them.
-IMAGE_PROCESSOR_MAPPING.register(
-    ImageGPTConfig, {"pil": ImageGPTImageProcessorPil, "torchvision": ImageGPTImageProcessor}, exist_ok=True
+IMAGE_PROCESSOR_MAPPING.register(  # whose annotation is of transformers before version 5
+    ImageGPTConfig,
+    {"pil": ImageGPTImageProcessorPil, "torchvision": ImageGPTImageProcessor},  # type: ignore[arg-type]
+    exist_ok=True,
 )
 PIPELINE_REGISTRY.register_pipeline(
     "image-completion", pipeline_class=ImageCompletionPipeline, pt_model=AutoModelForCausalLM, type="image"

@@ -1,15 +1,23 @@
 """The command line of every script: flags from dataclasses, recipes in files, and errors in one line."""
 
+from __future__ import annotations
+
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import transformers
 import yaml
 from transformers import HfArgumentParser
 
 
-def parse_arguments(*dataclasses, description: str, first: str | None = None):
+if TYPE_CHECKING:
+    import torch
+
+
+def parse_arguments(*dataclasses: Any, description: str, first: str | None = None) -> tuple[Any, ...]:
     """Command-line flags as instances of `dataclasses`. A first argument FILE.json, .yaml or .yml gives their defaults.
 
     first: the flag whose values may stand at the beginning without it.
@@ -45,7 +53,7 @@ def read_recipe(file: Path, known: set[str]) -> list[str]:
     return flags
 
 
-def run_script(function, *dataclasses, description: str, first: str | None = None):
+def run_script(function: Callable[..., Any], *dataclasses: Any, description: str, first: str | None = None) -> None:
     """Call `function` with what `parse_arguments` gives; a refusal ends the program with one line and status 2."""
     name = Path(sys.argv[0]).name
     try:
@@ -68,7 +76,7 @@ def run_script(function, *dataclasses, description: str, first: str | None = Non
             torch.distributed.destroy_process_group()  # or its threads abort the process at exit
 
 
-def quiet_libraries():
+def quiet_libraries() -> None:
     """Show our own progress bars alone: not those of loading and writing files, and none where output is captured."""
     import datasets
 
@@ -77,7 +85,7 @@ def quiet_libraries():
         datasets.disable_progress_bars()
 
 
-def find_device(name: str | None):
+def find_device(name: str | None) -> torch.device:
     """The `torch.device` called `name`, or by default an accelerator if there is one."""
     import torch
 

@@ -63,7 +63,7 @@ def fit_clusters(args: ClustersArguments, data_args: DataArguments) -> list[Reco
     write_records(folder / RECORDS, records)
     log_distortion(palette, lost, "held-out images")
     print(f"Wrote the image processor, palette.npy, palette.png and records to {folder}")
-    flags = {"dataset_name": data_args.dataset_name, "train_dir": data_args.train_dir, "image_processor_name": folder}
-    flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value)
+    named = {"dataset_name": data_args.dataset_name, "train_dir": data_args.train_dir, "image_processor_name": folder}
+    flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in named.items() if value)
     print(f"Next: python scripts/run_pretrain.py {flags}")
     return records

@@ -111,7 +111,7 @@ def make_finetuning_records(
     labels = np.asarray(images.tokens("test")[LABEL])
     predicted: Any = trainer.predict(trainer.eval_dataset, metric_key_prefix="validation")
     validation = predicted.metrics["validation_accuracy"]
-    about = fields_of_images(images.name, images.processor, len(images.classes)) | {
+    about: dict[str, Any] = fields_of_images(images.name, images.processor, len(images.classes)) | {
         "task": "fine-tuning",
         "started_from": "random weights" if is_new else "pretrained",
         "split_seed": images.split_seed,
@@ -123,7 +123,7 @@ def make_finetuning_records(
     masks = len(draws) if trainer.model.config.objective == "masked" else None
 
     def record(metric: str, value: float, split: str, n: int, masks: int | None) -> Record:
-        found = {"metric": metric, "value": value, "split": split, "n": n, "masks": masks}
+        found: dict[str, Any] = {"metric": metric, "value": value, "split": split, "n": n, "masks": masks}
         return runs.record_training(trainer, trainer.measured_step, **found, **about)
 
     records = [record("accuracy", accuracy(votes, labels), "test", len(labels), masks)]

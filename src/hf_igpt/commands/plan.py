@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..clusters import MAX_COLORS
 from ..configuration_imagegpt import ImageGPTConfig
@@ -63,7 +64,7 @@ class PlanArguments:
     )
     output_json: str | None = field(default=None, metadata={"help": "File to which the plans are written too."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for size in self.size:
             if size not in SIZES:
                 raise ValueError(f"No preset {size!r}: the sizes are {', '.join(SIZES)}.")
@@ -174,7 +175,7 @@ def flags(option: Plan) -> str:
 
 def simplest_that_fits(plans: list[Plan]) -> list[Plan]:
     """Of each size the first plan that fits, or the last, which does not: it needs the least memory."""
-    found = {}
+    found: dict[str, Plan] = {}
     for option in plans:
         if option.size not in found or not found[option.size].fits:
             found[option.size] = option
@@ -242,6 +243,7 @@ def share_batch(args: PlanArguments, size: str) -> tuple[int, int, int, float | 
     if epochs is None and steps is None:
         epochs, steps = recipe.num_epochs, recipe.max_steps
     if steps is None:
+        epochs = epochs or 1.0
         if args.images is None:
             raise ValueError(f"{epochs:g} epochs of how many images? Give --images, or --max_steps.")
         steps = math.ceil(epochs * math.ceil(args.images / batch_size))
@@ -256,7 +258,12 @@ def list_plans_of(args: PlanArguments, size: str) -> list[Plan]:
     for checkpointing, sharded in ((False, False), (False, True), (True, False), (True, True)):
         if sharded and args.devices == 1:
             continue
-        layout = {"devices": args.devices, "sharded": sharded, "checkpointing": checkpointing, "bf16": args.bf16}
+        layout: dict[str, Any] = {
+            "devices": args.devices,
+            "sharded": sharded,
+            "checkpointing": checkpointing,
+            "bf16": args.bf16,
+        }
         largest = None
         if args.memory_gib is not None:
             largest = find_largest_micro_batch(
@@ -297,10 +304,10 @@ def find_throughput(args: PlanArguments, size: str) -> tuple[float | None, str]:
         return args.tflops * 1e12, f"{args.tflops:g} TFLOP/s achieved"
     if args.records is None:
         return None, ""
-    return read_throughput(args, size)
+    return read_throughput(args, size, args.records)
 
 
-def read_throughput(args: PlanArguments, size: str) -> tuple[float, str]:
+def read_throughput(args: PlanArguments, size: str, file: str) -> tuple[float, str]:
     """The fastest record that tells of such training.
 
     `images_per_second`, unit images/s, whose fields name size, image size, objective, precision, devices and gradient
@@ -310,7 +317,7 @@ def read_throughput(args: PlanArguments, size: str) -> tuple[float, str]:
     config, precision = make_config(args, size), "bfloat16 autocast" if args.bf16 else "float32"
     side = math.isqrt(config.n_positions)
     rates = []
-    for record in read_records(args.records):
+    for record in read_records(file):
         model = (record.size, record.image_size, record.objective or "causal")
         wanted = (size, (side, side), config.objective)
         speed = record.metric == "tflops_per_second" or (record.metric == "images_per_second" and model == wanted)

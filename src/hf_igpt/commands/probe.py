@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..configuration_imagegpt import ImageGPTConfig
@@ -21,6 +22,7 @@ from ..evaluation.records import (
     write_records,
 )
 from ..features_imagegpt import check_layers, layers_around
+from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import ImageGPTModel
 from ..presets import EVALUATION_MASKS, KNN_NEIGHBORS, PROBE_SGD_LEARNING_RATES, PROBE_SUBSETS
 from ..reporting import plots
@@ -87,7 +89,7 @@ class ProbeArguments:
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
     seed: int = field(default=42, metadata={"help": "Seed of splits, subsets, masks and the untrained network."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         positive = (
             "num_concatenated",
             "max_iter",
@@ -115,7 +117,7 @@ class Subject:
     name: str
     folder: Path
     config: ImageGPTConfig
-    processor: object
+    processor: AnyImageProcessor
     layers: list[int]
     about: dict[str, Any]
 
@@ -138,7 +140,10 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> list[Record]:
             f"The models were trained on splits of different seeds, {sorted(seeds)}: probe them one by one."
         )
     splits = load_labelled_images(data_args, seed=seeds.pop())
-    tokenizing = {"on_bad_image": data_args.on_bad_image, "num_proc": data_args.preprocessing_num_workers}
+    tokenizing: dict[str, Any] = {
+        "on_bad_image": data_args.on_bad_image,
+        "num_proc": data_args.preprocessing_num_workers,
+    }
     tokens_of = [
         {split: tokenize(images, subject.processor, **tokenizing) for split, images in splits.items()}
         for subject in subjects
@@ -149,7 +154,8 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> list[Record]:
     records = []
     for subject, tokens in zip(subjects, tokens_of, strict=True):
         print(f"Probing {subject.name}")
-        model = ImageGPTModel.from_pretrained(subject.name).to(find_device(args.device))
+        model = ImageGPTModel.from_pretrained(subject.name)
+        model.to(find_device(args.device))  # type: ignore[arg-type]  # its decorator hides the signature
         about = fields_of_images(data_args.name(), subject.processor, len(classes))
         palette = subject.processor.palette
         found = []
@@ -165,7 +171,7 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> list[Record]:
     return records
 
 
-def check_labels(tokens: dict, classes: list[str], labels_per_class: list[int]) -> None:
+def check_labels(tokens: dict[str, Dataset], classes: list[str], labels_per_class: list[int]) -> None:
     """A ValueError if there are fewer than two classes, or a class has fewer images than are asked for."""
     train, validation = (np.asarray(tokens[split][LABEL]) for split in ("train", "validation"))
     if len(np.unique(train)) < 2:

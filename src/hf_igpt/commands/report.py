@@ -32,8 +32,8 @@ def report(args: ReportArguments, data_args: DataArguments) -> Path:
     """
     find_runs(args.folders)
     if args.probe_milestones:
-        names = [path for folder in args.folders for path in sorted(Path(folder).rglob(f"{MILESTONES}/step-*"))]
-        names = [str(path) for path in names if not (path / "probe" / PROBE).is_file()]
+        places = [path for folder in args.folders for path in sorted(Path(folder).rglob(f"{MILESTONES}/step-*"))]
+        names = [str(path) for path in places if not (path / "probe" / PROBE).is_file()]
         if names:
             probe(ProbeArguments(names, baselines=False, knn=False), data_args)
     page, runs = write_report(args.folders, args.output_dir)

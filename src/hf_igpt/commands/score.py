@@ -3,6 +3,7 @@
 import csv
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,7 @@ from ..evaluation.records import (
     whole_file,
     write_records,
 )
+from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling
 from ..reporting import plots
 from .cli import find_device
@@ -57,7 +59,7 @@ class ScoreArguments:
     bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("num_held_out", 0), ("num_maps", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} is at least {least}; found {getattr(self, name)}.")
@@ -75,7 +77,7 @@ class ImageSet:
     names: list[str]
     tokens: np.ndarray
     seed: int | None = None
-    surprise: np.ndarray | None = None
+    surprise: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
 
     @property
     def nats_per_pixel(self) -> np.ndarray:
@@ -98,7 +100,8 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     if args.compare:
         names, tokens = read_images(name_images(args.compare), processor, data_args.on_bad_image)
         sets.append(ImageSet("compared", "compared", summarize_places(args.compare), names, tokens))
-    model, loading = ImageGPTForCausalImageModeling.from_pretrained(name, output_loading_info=True)
+    loaded: Any = ImageGPTForCausalImageModeling.from_pretrained(name, output_loading_info=True)
+    model, loading = loaded
     if loading["missing_keys"]:
         raise ValueError(
             f"{name} is not a trained causal model: it lacks {', '.join(sorted(loading['missing_keys']))}. Score with the "
@@ -123,8 +126,8 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
         for images in sets:
             for image, nats in zip(images.names, images.nats_per_pixel, strict=True):
                 rows.writerow([image, images.kind, f"{nats:.6f}", f"{nats * BITS_PER_NAT:.6f}"])
-    for file, picture in pictures.items():
-        with whole_file(folder / file) as partial:
+    for picture_name, picture in pictures.items():
+        with whole_file(folder / picture_name) as partial:
             picture.save(partial, format="PNG")
     write_records(folder / SCORE, records)
     print_scores(sets, records)
@@ -132,7 +135,7 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     return records
 
 
-def read_scored_set(args: ScoreArguments, data_args: DataArguments, processor) -> ImageSet:
+def read_scored_set(args: ScoreArguments, data_args: DataArguments, processor: AnyImageProcessor) -> ImageSet:
     """The images to score: those that are named, and held-out ones of the data that the model was trained on."""
     cells, datasets, seed = name_images(args.images), [summarize_places(args.images)] if args.images else [], None
     if args.num_held_out:
@@ -146,9 +149,9 @@ def read_scored_set(args: ScoreArguments, data_args: DataArguments, processor) -
     return ImageSet("scored", split, " and ".join(datasets), names, tokens, seed)
 
 
-def name_images(places: list[str]) -> list[tuple[str, dict]]:
+def name_images(places: list[str]) -> list[tuple[str, Any]]:
     """(name, undecoded image) of each image file: its path in the folder that was named, or just the file's name."""
-    cells = []
+    cells: list[tuple[str, Any]] = []
     for place in map(Path, places):
         for file in named_images([str(place)]):
             name = file.relative_to(place).as_posix() if place.is_dir() else file.name
@@ -162,7 +165,9 @@ def summarize_places(places: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def read_images(cells: list[tuple[str, dict]], processor, on_bad_image: str) -> tuple[list[str], np.ndarray]:
+def read_images(
+    cells: list[tuple[str, Any]], processor: AnyImageProcessor, on_bad_image: str
+) -> tuple[list[str], np.ndarray]:
     """Names and tokens (n, N) of the images that can be read; the others are a ValueError, or with "skip" reported."""
     names, tokens, bad = [], [], []
     for name, cell in tqdm(cells, desc="Reading images", unit="image", leave=False, disable=None):
@@ -181,7 +186,7 @@ def read_images(cells: list[tuple[str, dict]], processor, on_bad_image: str) -> 
 
 
 def record_scores(
-    args: ScoreArguments, model: ImageGPTForCausalImageModeling, processor, sets: list[ImageSet]
+    args: ScoreArguments, model: ImageGPTForCausalImageModeling, processor: AnyImageProcessor, sets: list[ImageSet]
 ) -> list[Record]:
     """The mean of each set, and how well two sets are told apart."""
     trained = record_of_training(args.model_name_or_path)
@@ -226,7 +231,7 @@ def record_scores(
     return records
 
 
-def draw_maps(count: int, processor, sets: list[ImageSet]) -> Image.Image:
+def draw_maps(count: int, processor: AnyImageProcessor, sets: list[ImageSet]) -> Image.Image:
     """Images of each set, evenly chosen from its least to its most surprising, all in that order."""
     shown = []  # (nats per pixel, title, image, map)
     shares = [count] if len(sets) == 1 else [-(-count // 2), count // 2]

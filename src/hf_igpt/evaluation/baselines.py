@@ -20,7 +20,7 @@ def measure_counting_models(train: np.ndarray, held_out: np.ndarray, width: int,
     train, held_out = np.asarray(train, dtype=np.int64), np.asarray(held_out, dtype=np.int64)
     n_pixels = train.shape[1]
 
-    def contexts(tokens):
+    def contexts(tokens: np.ndarray) -> list[np.ndarray]:
         grid = tokens.reshape(len(tokens), -1, width)
         left = np.full_like(grid, n_colors)
         left[:, :, 1:] = grid[:, :, :-1]
@@ -62,7 +62,7 @@ def smooth_counts(
     pairs, pair_counts = np.unique(context * n_colors + x, return_counts=True)
     totals = np.bincount(context)
 
-    def counts(of_context, of_x):
+    def counts(of_context: np.ndarray, of_x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         code = of_context * n_colors + of_x
         at = np.minimum(np.searchsorted(pairs, code), len(pairs) - 1)
         pair = np.where(pairs[at] == code, pair_counts[at], 0)
@@ -70,7 +70,7 @@ def smooth_counts(
         return pair, total
 
     pair, total = counts(context, x)
-    best, strength, left_out = -np.inf, None, None
+    best, strength, left_out = -np.inf, STRENGTHS[0], fallback
     for candidate in STRENGTHS:
         probabilities = (pair - 1 + candidate * fallback) / (total - 1 + candidate)
         likelihood = np.log(probabilities).mean()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,11 @@ from .records import whole_file
 
 
 def write_features(
-    path: str | Path, model: ImageGPTPreTrainedModel, inputs, layers: int | Sequence[int] | None = None, **options
+    path: str | Path,
+    model: ImageGPTPreTrainedModel,
+    inputs: Any,
+    layers: int | Sequence[int] | None = None,
+    **options: Any,
 ) -> Path:
     """Write what `extract` returns to an Arrow file, batch by batch, whatever the number of images; returns `path`.
 

@@ -1,6 +1,8 @@
 """Which images a model was not trained on."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -43,7 +45,8 @@ def select_held_out(
     The split is the one that the model's records name, unless `split_seed` is given. ValueError: the records name other
     data than `data_args`, or fewer images.
     """
-    record, load, split = record_of_training(model_name), load_images, "validation"
+    load: Callable[..., dict[str, Any]] = load_images
+    record, split = record_of_training(model_name), "validation"
     if record is not None:
         if record.started_from is not None:  # a classifier, which was trained on some of what pretraining held out
             load, split = load_labelled_images, "test"

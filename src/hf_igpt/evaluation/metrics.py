@@ -1,5 +1,7 @@
 """Metrics: accuracy, nats per pixel of images, and of each pixel."""
 
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
@@ -7,20 +9,22 @@ import torch
 from sklearn.metrics import accuracy_score
 from tqdm.auto import tqdm
 
+from ..configuration_imagegpt import ImageGPTConfig
 from ..features_imagegpt import evaluation_mode
-from ..modeling_imagegpt import check_tokens, masked_nats, pixel_nats
+from ..inputs_imagegpt import check_tokens
+from ..modeling_imagegpt import ImageGPTForCausalImageModeling, masked_nats, pixel_nats
 
 
 BITS_PER_NAT = 1 / np.log(2)
 
 
-class Accuracy(evaluate.Metric):
+class Accuracy(evaluate.Metric):  # type: ignore[misc]  # which has no annotations
     """Share of `predictions` that are their `references`, both (n,) integers: `{"accuracy": …}` in 0..1.
 
     `evaluate`'s own would be fetched from the Hub at run time.
     """
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         integer = datasets.Value("int64")
         return evaluate.MetricInfo(
             description="Share of predictions that are right.",
@@ -29,11 +33,11 @@ class Accuracy(evaluate.Metric):
             features=datasets.Features({"predictions": integer, "references": integer}),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         return {"accuracy": float(accuracy_score(references, predictions))}
 
 
-def accuracy(predictions, labels) -> float:
+def accuracy(predictions: Any, labels: Any) -> float:
     """Share of `predictions` that are the `labels`, both (n,) integers, in 0..1."""
     return Accuracy(keep_in_memory=True).compute(predictions=predictions, references=labels)["accuracy"]
 
@@ -43,7 +47,7 @@ def nats_per_image(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tenso
     return pixel_nats(logits, tokens).mean(dim=1) if mask is None else masked_nats(logits, tokens, mask)
 
 
-def check_causal(config) -> None:
+def check_causal(config: ImageGPTConfig) -> None:
     """A masked model is a ValueError: it gives no likelihoods."""
     if config.objective != "causal":
         raise ValueError(
@@ -53,7 +57,14 @@ def check_causal(config) -> None:
 
 
 @torch.no_grad()
-def measure_surprise(model, tokens, *, batch_size: int = 64, bf16: bool = False, progress: bool = True) -> torch.Tensor:
+def measure_surprise(
+    model: ImageGPTForCausalImageModeling,
+    tokens: Any,
+    *,
+    batch_size: int = 64,
+    bf16: bool = False,
+    progress: bool = True,
+) -> torch.Tensor:
     """−log p of every pixel given SOS and the pixels before it, (n, N) float32 in nats, on the CPU.
 
     model: an `ImageGPTForCausalImageModeling`; its training flag is left as it was. tokens: (n, N) of colours 0..K-1, torch,

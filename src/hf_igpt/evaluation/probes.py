@@ -40,7 +40,7 @@ class Fit:
 
     predict: Callable[[np.ndarray], np.ndarray]
     strength: float  # C of L-BFGS, the learning rate of SGD
-    accuracy: float | None = None
+    accuracy: float = float("nan")  # on validation images, once `best_of` has measured it
     converged: bool = True
 
 
@@ -96,7 +96,7 @@ def sgd_regressions(
     finite = weights.isfinite().all(dim=(1, 2)).tolist()
     for rate, solution, converged in zip(learning_rates, weights.cpu().numpy(), finite, strict=True):
 
-        def predict(found, solution=solution):
+        def predict(found: np.ndarray, solution: np.ndarray = solution) -> np.ndarray:
             scores = (found if scaler is None else scaler.transform(found)) @ solution[:-1] + solution[-1]
             return scores.argmax(axis=1)
 
@@ -116,12 +116,11 @@ def nearest_neighbours(features: np.ndarray, labels: np.ndarray) -> Callable[[np
 
 def best_of(fits: Iterable[Fit], features: np.ndarray, labels: np.ndarray) -> Fit:
     """The fit that is most often right on validation images, the first of equals, with its `accuracy` filled in."""
-    best = None
+    measured = []
     for fit in fits:
         fit.accuracy = accuracy(fit.predict(features), labels)
-        if best is None or fit.accuracy > best.accuracy:
-            best = fit
-    return best
+        measured.append(fit)
+    return max(measured, key=lambda fit: fit.accuracy)
 
 
 def balanced_subset(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:
@@ -145,7 +144,7 @@ def few_label_regression(
         for fitted, left_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(features, labels):
             for fit in logistic_regressions(features[fitted], labels[fitted], strengths, standardize, max_iter):
                 right[fit.strength] += np.sum(fit.predict(features[left_out]) == labels[left_out])
-        strength = max(strengths, key=right.get)
+        strength = max(strengths, key=lambda strength: right[strength])
     return next(logistic_regressions(features, labels, [strength], standardize, max_iter))
 
 
@@ -198,10 +197,10 @@ class Probing:
         self.model, self.tokens, self.palette, self.layers, self.options = model, tokens, palette, layers, options
         self.labels = {split: np.asarray(rows[LABEL]) for split, rows in tokens.items()}
         self.known = np.concatenate([self.labels["train"], self.labels["validation"]])
-        self.about = {"seed": options.seed} | about
+        self.about = {"seed": options.seed, **about}
         network = fields_of_model(model.config) | {"parameters": trained.get("parameters")}
-        self.of_kind = {  # baseline -> what records say of the network that is probed
-            None: network | trained,
+        self.of_kind: dict[str | None, dict[str, Any]] = {  # baseline -> what records say of the network that is probed
+            None: {**network, **trained},
             "untrained": network,
             "raw pixels": {},
         }
@@ -245,7 +244,8 @@ class Probing:
         self, features: "Features", baseline: str | None
     ) -> Generator[Record, None, tuple[int, Fit, int | None]]:
         """Records of validation images; returns the best layer, its fit, and the neighbours' best layer if they are asked for."""
-        fits, neighbours = {}, {}
+        fits: dict[int, Fit] = {}
+        neighbours: dict[int, float] = {}
         for layer in self.layers:
             fit = fits[layer] = self.choose(features, [layer])
             yield self.record(fit.accuracy, "validation", baseline, self.describe_fit(fit, [layer]))
@@ -254,7 +254,7 @@ class Probing:
                 neighbours[layer] = accuracy(predict(features.of("validation", [layer])), self.labels["validation"])
                 yield self.record(neighbours[layer], "validation", None, self.describe_neighbours(layer))
         best = max(fits, key=lambda layer: fits[layer].accuracy)
-        return best, fits[best], max(neighbours, key=neighbours.get) if neighbours else None
+        return best, fits[best], max(neighbours, key=lambda layer: neighbours[layer]) if neighbours else None
 
     def choose(self, features: "Features | RawPixels", layers: Sequence[int]) -> Fit:
         """The fit to training images that does best on validation images."""
@@ -330,7 +330,7 @@ class Probing:
         """An accuracy on the images of `split`. baseline: None, or what was probed instead of the network."""
         details = {**self.of_kind[baseline].get("details", {}), **about.get("details", {})}
         return Record(
-            **(self.of_kind[baseline] | self.about | about | {"details": details}),
+            **(self.of_kind[baseline] | self.about | {**about, "details": details}),
             metric="accuracy",
             value=float(value),
             unit=UNITS["accuracy"],
@@ -356,7 +356,7 @@ class Features:
     ):
         self.model, self.tokens, self.folder, self.protocol = model, tokens, folder, options
         self.masked = model.config.objective == "masked"
-        self.options = {"batch_size": options.batch_size, "bf16": options.bf16}
+        self.options: dict[str, Any] = {"batch_size": options.batch_size, "bf16": options.bf16}
         for draw, split in enumerate(("train", "validation")):
             tqdm.write(f"Features of {len(tokens[split]):,} {split} images")
             seeded = {"mask_seed": options.seed + draw if self.masked else None}
@@ -402,6 +402,6 @@ class RawPixels:
         return [{None: self.of("test", layers)}]
 
 
-def read_column(tokens: Dataset):
+def read_column(tokens: Dataset) -> Any:
     """Rows of tokens that can be sliced without being read as a whole."""
     return tokens.with_format("numpy", columns=[TOKENS])[TOKENS]

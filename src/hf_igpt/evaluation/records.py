@@ -13,6 +13,8 @@ import torch
 import transformers
 
 from .. import __version__
+from ..configuration_imagegpt import ImageGPTConfig
+from ..image_processing_imagegpt import AnyImageProcessor
 from ..presets import N_COLORS, SIZES, Published
 
 
@@ -94,9 +96,12 @@ class Record:
     reference: str | None = None  # the source of a figure that was published, not measured here
     details: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
-        self.image_size = None if self.image_size is None else tuple(self.image_size)
-        self.layers = None if self.layers is None else tuple(self.layers)
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            height, width = self.image_size
+            self.image_size = (height, width)
+        if self.layers is not None:
+            self.layers = tuple(self.layers)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -175,19 +180,19 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 # -- fields ------------------------------------------------------------------------------------------------------------
 
 
-def find_size(config) -> str | None:
+def find_size(config: ImageGPTConfig) -> str | None:
     """The name of the preset that has a configuration's shape, if one has."""
     shape = (config.n_layer, config.n_embd, config.n_head)
     return next((name for name, size in SIZES.items() if (size.n_layer, size.n_embd, size.n_head) == shape), None)
 
 
-def fields_of_model(config) -> dict[str, Any]:
+def fields_of_model(config: ImageGPTConfig) -> dict[str, Any]:
     """What records say of a model's configuration."""
     names = {"objective": config.objective, "size": find_size(config)}
     return names | {"n_layer": config.n_layer, "n_embd": config.n_embd}
 
 
-def fields_of_images(dataset: str, processor, classes: int | None = None) -> dict[str, Any]:
+def fields_of_images(dataset: str, processor: AnyImageProcessor, classes: int | None = None) -> dict[str, Any]:
     """What records say of images and of the processor that makes tokens of them."""
     grid = {"image_size": processor.token_grid(), "colors": len(processor.palette)}
     return {"dataset": dataset} | grid | {"classes": classes}

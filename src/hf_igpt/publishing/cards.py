@@ -56,11 +56,12 @@ def render_card(
     openai = find_openai_size(config, recipe)
     theirs = [f for f in PUBLISHED if (f.size, f.objective, f.image_size) == (openai, config.objective, IMAGE_SIZE)]
     records = [*records, *map(record_published, theirs)]
-    heads = config.architectures
+    heads = config.architectures or ["ImageGPTModel"]
     task = TASKS[heads[0]][0]
     causal, classes = (any(head.endswith(end) for head in heads) for end in ("CausalImageModeling", "Classification"))
+    rights: dict[str, Any] = {"license": licence} if openai is None else OPENAI
     metadata = ModelCardData(
-        **({"license": licence} if openai is None else OPENAI),
+        **rights,
         library_name="transformers",
         pipeline_tag=task,
         tags=["image-gpt", "imagegpt", "hf_igpt"],
@@ -100,7 +101,7 @@ def render_card(
 
 def auto_class(config: ImageGPTConfig) -> str:
     """The Auto class that loads a model of `config` with its head."""
-    return TASKS[config.architectures[0]][1]
+    return TASKS[(config.architectures or ["ImageGPTModel"])[0]][1]
 
 
 def find_openai_size(config: ImageGPTConfig, recipe: Mapping[str, Any]) -> str | None:
@@ -131,7 +132,7 @@ def describe_openai_recipe(size: str | None) -> dict[str, str]:
 def make_eval_result(record: Record, task: str) -> EvalResult:
     """A record as the Hub's model-index shows it; `task` is the model's own."""
     dataset = record.dataset or ""
-    published = (
+    published: dict[str, Any] = (
         {} if record.reference is None else {"source_name": f"OpenAI, {record.reference}", "source_url": OPENAI_URL}
     )
     return EvalResult(
@@ -150,7 +151,11 @@ def summarize(config: ImageGPTConfig, grid: tuple[int, int], openai: str | None)
     """What the model is, in two or three sentences."""
     what = {
         "causal": "learned to predict each pixel from those before it, without labels"
-        + (", and so draws and completes images" if "ImageGPTForCausalImageModeling" in config.architectures else ""),
+        + (
+            ", and so draws and completes images"
+            if "ImageGPTForCausalImageModeling" in (config.architectures or [])
+            else ""
+        ),
         "masked": "learned to predict hidden pixels from all others, without labels (BERT-style)",
     }[config.objective]
     origin = f"OpenAI's iGPT-{openai.upper()}, converted from its TensorFlow checkpoint: an" if openai else "An"
@@ -159,7 +164,7 @@ def summarize(config: ImageGPTConfig, grid: tuple[int, int], openai: str | None)
         f"{config.n_layer} blocks of width {config.n_embd} for images of {grid[0]}x{grid[1]} pixels in "
         f"{config.vocab_size - 1} colours. It {what}."
     )
-    if "ImageGPTForImageClassification" in config.architectures:
+    if "ImageGPTForImageClassification" in (config.architectures or []):
         text += f" Its classification head knows {config.num_labels} classes."
     return text
 

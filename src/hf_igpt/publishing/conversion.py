@@ -39,7 +39,7 @@ def read_openai(checkpoint: str | Path) -> dict[str, np.ndarray]:
     file is a ValueError that names it. Needs TensorFlow: pip install "hf_igpt[openai]".
     """
     try:
-        from tensorflow.python.training import py_checkpoint_reader
+        from tensorflow.python.training import py_checkpoint_reader  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:
         raise ImportError('Reading OpenAI\'s checkpoints needs TensorFlow: pip install "hf_igpt[openai]"') from error
 

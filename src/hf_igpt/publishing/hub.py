@@ -18,7 +18,7 @@ from safetensors import safe_open
 from .. import modeling_imagegpt
 from ..configuration_imagegpt import ImageGPTConfig
 from ..evaluation.records import RECORDS, RUN, read_records, read_run
-from ..image_processing_imagegpt import InstalledProcessor
+from ..image_processing_imagegpt import AnyImageProcessor, InstalledProcessor
 from ..reporting import plots
 from .cards import render_card
 
@@ -102,7 +102,7 @@ def push(
     return str(url)
 
 
-def plan_commit(old: list[str], folder: Path) -> list:
+def plan_commit(old: list[str], folder: Path) -> list[CommitOperationAdd | CommitOperationDelete]:
     """Adds all files of `folder`; deletes what an earlier commit of ours may have left beside them."""
     new = {file.name: file for file in folder.iterdir()}
     stale = [name for name in old if name not in new and any(fnmatch(name, pattern) for pattern in REPLACED)]
@@ -124,11 +124,11 @@ def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, li
         for name in CODE:
             shutil.copy(Path(__file__).parent.parent / name, staged)
         config.auto_map = AUTO_MAP
-        draws = "ImageGPTForCausalImageModeling" in config.architectures or config.generative_loss_weight > 0
+        draws = "ImageGPTForCausalImageModeling" in (config.architectures or []) or config.generative_loss_weight > 0
         if config.objective == "causal" and draws:
             config.custom_pipelines = CUSTOM_PIPELINES
         config.save_pretrained(staged)
-        processor.auto_map = PROCESSOR_AUTO_MAP
+        vars(processor)["auto_map"] = PROCESSOR_AUTO_MAP
         processor.save_pretrained(staged)
         plots.palette_picture(processor.palette).save(staged / "palette.png")
         pictures = copy_pictures(model_dir, staged, config.objective)
@@ -148,7 +148,7 @@ def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, li
     return folder
 
 
-def check_model(folder: str | Path):
+def check_model(folder: str | Path) -> tuple[ImageGPTConfig, AnyImageProcessor]:
     """(configuration, image processor) of a folder whose parts belong together; else a ValueError naming the file.
 
     Each architecture that the configuration names must find all its weights there, and all must be finite.
@@ -209,7 +209,7 @@ def copy_pictures(source: Path, target: Path, objective: str) -> dict[str, str]:
     return pictures
 
 
-def check_for_secrets(folder: Path, model_dir: Path):
+def check_for_secrets(folder: Path, model_dir: Path) -> None:
     """ValueError if a text to be published holds an access token or a path of this machine."""
     private = {str(Path.home()), str(Path.cwd()), str(model_dir.resolve())} - {"/"}
     for file in [*folder.glob("*.md"), *folder.glob("*.json")]:

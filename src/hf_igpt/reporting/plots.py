@@ -1,15 +1,17 @@
 """Pictures: grids of images, palettes, training curves, maps of surprise."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..clusters import nearest_color, to_grey_levels
 from ..evaluation.records import Record, describe_model
+from ..image_processing_imagegpt import AnyImageProcessor
 
 
 CAPTIONS = {  # of the pictures in a run's folder
@@ -75,9 +77,14 @@ def completions_picture(rows: list[list[Image.Image]]) -> Image.Image:
         return _picture(figure, pad=0.3)
 
 
-def picture_of_completions(processor, images, completions, rows: int | None = None) -> list[list[Image.Image]]:
+def picture_of_completions(
+    processor: AnyImageProcessor,
+    images: Sequence[Image.Image],
+    completions: Sequence[Sequence[Image.Image]],
+    rows: int | None = None,
+) -> list[list[Image.Image]]:
     """Rows of pictures for a grid: each image as the model sees it, its kept part, and its completions."""
-    tokens = processor(images, return_tensors="pt")["input_ids"]
+    tokens = processor(list(images), return_tensors="pt")["input_ids"]
     height, width = processor.token_grid()
     rows = height // 2 if rows is None else rows
     originals = processor.decode(tokens)
@@ -85,7 +92,7 @@ def picture_of_completions(processor, images, completions, rows: int | None = No
     return [[o, h, *c] for o, h, c in zip(originals, halves, completions, strict=True)]
 
 
-def picture_of_masks(processor, tokens, mask, filled) -> list[list[Image.Image]]:
+def picture_of_masks(processor: AnyImageProcessor, tokens: Any, mask: Any, filled: Any) -> list[list[Image.Image]]:
     """Rows of pictures for a grid, two images in each: the image, what a masked model was shown, and what it made of it."""
     shown = []
     for image, hidden in zip(processor.decode(tokens), mask, strict=True):
@@ -123,7 +130,7 @@ def palette_picture(clusters: np.ndarray) -> Image.Image:
     return Image.fromarray(np.concatenate([swatches, gap, rainbow, gap, rendered]))
 
 
-def training_curve(log_history: list[dict], baselines: dict[str, float] | None = None) -> Image.Image:
+def training_curve(log_history: list[dict[str, Any]], baselines: dict[str, float] | None = None) -> Image.Image:
     """Nats per pixel against images seen, of `Trainer`'s log history, with lines for the baselines."""
     with _figure(figsize=(7, 4)) as (figure, axis):
         for key, label in (("loss", "training"), ("eval_nats_per_pixel", "held out")):
@@ -144,7 +151,7 @@ def training_curve(log_history: list[dict], baselines: dict[str, float] | None =
         return _picture(figure)
 
 
-def accuracy_curve(log_history: list[dict]) -> Image.Image:
+def accuracy_curve(log_history: list[dict[str, Any]]) -> Image.Image:
     """Validation accuracy, and below it both parts of the training loss, against images seen, of `Trainer`'s log history."""
     parts = {
         "loss": "loss",
@@ -171,8 +178,8 @@ def layer_curves(runs: dict[str, list[Record]]) -> Image.Image:
 
     runs: records by the name of their run, which the legend shows if there are several.
     """
-    curves: dict[tuple, list] = {}
-    levels: dict[tuple, list] = {}
+    curves: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    levels: dict[tuple[str, float], list[str]] = {}
     for run, records in runs.items():
         for record in records:
             if record.split != "validation":
@@ -327,7 +334,7 @@ def histogram(
         return _picture(figure)
 
 
-def _percent_lines(axis, runs: dict[str, list[tuple[float, float]]], marker: str):
+def _percent_lines(axis: Any, runs: dict[str, list[tuple[float, float]]], marker: str) -> None:
     """A line for each run through its points (x, accuracy in 0..1), in per cent."""
     for name, points in runs.items():
         at, accuracies = zip(*points, strict=True)
@@ -335,7 +342,7 @@ def _percent_lines(axis, runs: dict[str, list[tuple[float, float]]], marker: str
 
 
 @contextmanager
-def _figure(*shape, **options):
+def _figure(*shape: int, **options: Any) -> Iterator[tuple[Any, Any]]:
     """matplotlib's (figure, axes), without a display, closed at the end."""
     import matplotlib
 
@@ -349,7 +356,7 @@ def _figure(*shape, **options):
         plt.close(figure)
 
 
-def _picture(figure, pad: float = 1.08) -> Image.Image:
+def _picture(figure: Any, pad: float = 1.08) -> Image.Image:
     if figure.get_layout_engine() is None:
         figure.tight_layout(pad=pad)
     figure.canvas.draw()

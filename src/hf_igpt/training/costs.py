@@ -9,6 +9,7 @@ import math
 import warnings
 import weakref
 from bisect import bisect
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -54,7 +55,7 @@ def executed_flops(config: ImageGPTConfig, n_images: int = 1, checkpointing: boo
     return training_flops(config, n_images) + (forward_flops(config, n_images) - head if checkpointing else 0)
 
 
-def count_block_matrices(config) -> int:
+def count_block_matrices(config: ImageGPTConfig) -> int:
     """Entries of all blocks' weight matrices."""
     n_inner = config.n_inner if config.n_inner is not None else 4 * config.n_embd
     return config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * n_inner)
@@ -133,15 +134,18 @@ def measure_weights(config_json: str) -> tuple[int, int, int]:
     """Bytes in float32 of all parameters, all buffers, and one block's parameters."""
     config = ImageGPTConfig(**json.loads(config_json))
     with torch.device("meta"):
-        model = MODELS[config.objective](config)
+        model: Any = MODELS[config.objective](config)
+    first = model.transformer.h[0]
 
-    def size(tensors):
+    def size(tensors: Iterable[torch.Tensor]) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    return size(model.parameters()), size(model.buffers()), size(model.transformer.h[0].parameters())
+    return size(model.parameters()), size(model.buffers()), size(first.parameters())
 
 
-def measure_activations(config, micro_batch, checkpointing, precision) -> tuple[int, int, int]:
+def measure_activations(
+    config: ImageGPTConfig, micro_batch: int, checkpointing: bool, precision: str
+) -> tuple[int, int, int]:
     """Bytes beyond weights, gradients and moments: before the head, at forward's peak, at backward's peak.
 
     All blocks are alike: each beyond the first adds the same to each of the three.
@@ -155,23 +159,26 @@ def measure_activations(config, micro_batch, checkpointing, precision) -> tuple[
         )
         for n_layer in (1, 2)
     )
-    return tuple(first + (config.n_layer - 1) * (second - first) for first, second in zip(one, two, strict=True))
+    before, forward, backward = (
+        first + (config.n_layer - 1) * (second - first) for first, second in zip(one, two, strict=True)
+    )
+    return before, forward, backward
 
 
 @lru_cache(maxsize=1024)
-def trace_step(config_json: str, micro_batch: int, checkpointing: bool, precision: str):
+def trace_step(config_json: str, micro_batch: int, checkpointing: bool, precision: str) -> tuple[int, int, int]:
     """One forward and backward pass on tensors without storage, as `Trainer` runs it; bytes as in `measure_activations`."""
     config = ImageGPTConfig(**json.loads(config_json))
     with FakeTensorMode():
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        model = MODELS[config.objective]._from_config(config, dtype=dtype).train()
+        model: Any = MODELS[config.objective]._from_config(config, dtype=dtype).train()
         if checkpointing:
             with warnings.catch_warnings():  # it has another name from transformers 5.23 on
                 warnings.simplefilter("ignore", FutureWarning)
                 model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in model.modules():
             if isinstance(module, ImageGPTLayerNorm):
-                module.forward = lambda x, weight=module.weight: FusedNorm.apply(x, weight)
+                vars(module)["forward"] = lambda x, weight=module.weight: FusedNorm.apply(x, weight)
         batch = {"labels": torch.zeros(micro_batch, config.n_positions, dtype=torch.long)}
         if config.objective == "masked":
             batch["bool_masked_pos"] = torch.zeros(micro_batch, config.n_positions, dtype=torch.bool)
@@ -195,12 +202,12 @@ class FusedNorm(torch.autograd.Function):
     """The memory of a norm in CUDA's kernel. CPUs', which a trace would take, keep their output a second time, in float32."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)
 
@@ -208,12 +215,12 @@ class FusedNorm(torch.autograd.Function):
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes that operations allocate, until they are freed: `now`, and at their `peak`."""
 
-    def __init__(self, known):
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
         self.now = self.peak = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -225,7 +232,7 @@ class LiveBytes(TorchDispatchMode):
                     weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
         return result
 
-    def _free(self, storage, size):
+    def _free(self, storage: int, size: int) -> None:
         self.known.discard(storage)
         self.now -= size
 
