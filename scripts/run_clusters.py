@@ -8,10 +8,15 @@ Prints the palette's distortion on held-out images: 512 colours lose about 4.8 g
 --palette FILE nothing is fitted: OpenAI's kmeans_centers.npy, or another processor's JSON, is measured and saved.
 """
 
+import os
+
+
+os.environ["HF_IGPT_REGISTER"] = "later"  # so that --help loads no model
+
+from hf_igpt.commands.arguments import ClustersArguments
 from hf_igpt.commands.cli import run_script
-from hf_igpt.commands.clusters import ClustersArguments, fit_clusters
-from hf_igpt.data import DataArguments
+from hf_igpt.data.arguments import DataArguments
 
 
 if __name__ == "__main__":
-    run_script(fit_clusters, ClustersArguments, DataArguments, description=__doc__)
+    run_script("hf_igpt.commands.clusters:fit_clusters", ClustersArguments, DataArguments, description=__doc__)

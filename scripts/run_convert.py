@@ -5,9 +5,14 @@
 Seconds for S, a minute for L, on a CPU. All sizes come from the file. Needs TensorFlow: pip install "hf_igpt[openai]".
 """
 
+import os
+
+
+os.environ["HF_IGPT_REGISTER"] = "later"  # so that --help loads no model
+
+from hf_igpt.commands.arguments import ConvertArguments
 from hf_igpt.commands.cli import run_script
-from hf_igpt.commands.convert import ConvertArguments, convert
 
 
 if __name__ == "__main__":
-    run_script(convert, ConvertArguments, description=__doc__)
+    run_script("hf_igpt.commands.convert:convert", ConvertArguments, description=__doc__)

@@ -7,11 +7,17 @@
 Writes the classifier of the best validation accuracy, a confusion matrix, curves and records to --output_dir.
 """
 
+import os
+
+
+os.environ["HF_IGPT_REGISTER"] = "later"  # so that --help loads no model
+
 from hf_igpt.commands.cli import run_script
-from hf_igpt.commands.finetune import finetune
-from hf_igpt.data import DataArguments
+from hf_igpt.data.arguments import DataArguments
 from hf_igpt.training.arguments import FinetuningArguments, ModelArguments
 
 
 if __name__ == "__main__":
-    run_script(finetune, ModelArguments, DataArguments, FinetuningArguments, description=__doc__)
+    run_script(
+        "hf_igpt.commands.finetune:finetune", ModelArguments, DataArguments, FinetuningArguments, description=__doc__
+    )

@@ -6,10 +6,15 @@
 Writes probe.json and the curve of accuracy by layer, probe.png, to the model's folder or --output_dir.
 """
 
+import os
+
+
+os.environ["HF_IGPT_REGISTER"] = "later"  # so that --help loads no model
+
+from hf_igpt.commands.arguments import ProbeArguments
 from hf_igpt.commands.cli import run_script
-from hf_igpt.commands.probe import ProbeArguments, probe
-from hf_igpt.data import DataArguments
+from hf_igpt.data.arguments import DataArguments
 
 
 if __name__ == "__main__":
-    run_script(probe, ProbeArguments, DataArguments, description=__doc__)
+    run_script("hf_igpt.commands.probe:probe", ProbeArguments, DataArguments, description=__doc__)

@@ -7,9 +7,14 @@ That is the paper's iGPT-XL on 64 H100s at 40 % of their peak. Any machine, seco
 says how both are counted.
 """
 
+import os
+
+
+os.environ["HF_IGPT_REGISTER"] = "later"  # so that --help loads no model
+
+from hf_igpt.commands.arguments import PlanArguments
 from hf_igpt.commands.cli import run_script
-from hf_igpt.commands.plan import PlanArguments, plan
 
 
 if __name__ == "__main__":
-    run_script(plan, PlanArguments, description=__doc__)
+    run_script("hf_igpt.commands.plan:plan", PlanArguments, description=__doc__)

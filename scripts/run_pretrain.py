@@ -9,11 +9,17 @@ Without arguments: held-out loss at most 1.30 nats/pixel (left-and-up trigram: 1
 processor, samples, a curve and records to --output_dir; an interrupted run goes on when started again.
 """
 
+import os
+
+
+os.environ["HF_IGPT_REGISTER"] = "later"  # so that --help loads no model
+
 from hf_igpt.commands.cli import run_script
-from hf_igpt.commands.pretrain import pretrain
-from hf_igpt.data import DataArguments
+from hf_igpt.data.arguments import DataArguments
 from hf_igpt.training.arguments import ModelArguments, PretrainingArguments
 
 
 if __name__ == "__main__":
-    run_script(pretrain, ModelArguments, DataArguments, PretrainingArguments, description=__doc__)
+    run_script(
+        "hf_igpt.commands.pretrain:pretrain", ModelArguments, DataArguments, PretrainingArguments, description=__doc__
+    )

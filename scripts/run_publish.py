@@ -7,9 +7,14 @@
 Everything is checked first and pushed in one commit; --local_only pushes nothing. Prints three ways to load the result.
 """
 
+import os
+
+
+os.environ["HF_IGPT_REGISTER"] = "later"  # so that --help loads no model
+
+from hf_igpt.commands.arguments import PublishArguments
 from hf_igpt.commands.cli import run_script
-from hf_igpt.commands.publish import PublishArguments, publish
 
 
 if __name__ == "__main__":
-    run_script(publish, PublishArguments, description=__doc__)
+    run_script("hf_igpt.commands.publish:publish", PublishArguments, description=__doc__)

@@ -8,10 +8,15 @@ Seconds for small models. Writes samples.png, completions.png (original, given p
 Temperature 1 and nothing truncated, as in the paper, unless told otherwise.
 """
 
+import os
+
+
+os.environ["HF_IGPT_REGISTER"] = "later"  # so that --help loads no model
+
+from hf_igpt.commands.arguments import SampleArguments
 from hf_igpt.commands.cli import run_script
-from hf_igpt.commands.sample import SampleArguments, draw
-from hf_igpt.data import DataArguments
+from hf_igpt.data.arguments import DataArguments
 
 
 if __name__ == "__main__":
-    run_script(draw, SampleArguments, DataArguments, description=__doc__)
+    run_script("hf_igpt.commands.sample:draw", SampleArguments, DataArguments, description=__doc__)

@@ -8,10 +8,15 @@ histogram.png to score/ in the model's folder or --output_dir. With --compare, a
 another kind from those scored (AUROC).
 """
 
+import os
+
+
+os.environ["HF_IGPT_REGISTER"] = "later"  # so that --help loads no model
+
+from hf_igpt.commands.arguments import ScoreArguments
 from hf_igpt.commands.cli import run_script
-from hf_igpt.commands.score import ScoreArguments, score
-from hf_igpt.data import DataArguments
+from hf_igpt.data.arguments import DataArguments
 
 
 if __name__ == "__main__":
-    run_script(score, ScoreArguments, DataArguments, description=__doc__)
+    run_script("hf_igpt.commands.score:score", ScoreArguments, DataArguments, description=__doc__)

@@ -531,7 +531,7 @@ def test_pushes_go_where_they_are_told(tmp_path, model, tokens):
         (tmp_path, "org/name", "End of training", "mine", "main"),
     ]
     arguments.push_to_hub = True
-    with pytest.raises(ValueError, match=r"publish=hf_igpt\.hub\.push"):
+    with pytest.raises(ValueError, match=r"publish=hf_igpt\.publishing\.hub\.push"):
         ImageGPTTrainer(model, args=arguments)
 
 

@@ -10,62 +10,59 @@ Shape letters, everywhere: B images, H×W pixels, N = H·W tokens, K colours, D 
 
 Importing the package registers its classes with transformers' Auto classes, in place of transformers' own ImageGPT:
 `AutoConfig`, `AutoModel`, `AutoModelForCausalLM`, `AutoModelForMaskedImageModeling`, `AutoModelForImageClassification`,
-`AutoImageProcessor` and `pipeline` then return these.
+`AutoImageProcessor` and `pipeline` then return these. That loads models; with HF_IGPT_REGISTER=later in the environment, as
+the scripts set it to print their flags at once, it waits for `hf_igpt.register()`.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedImageModeling,
-)
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
-from transformers.pipelines import PIPELINE_REGISTRY
+import os
 
-from .configuration_imagegpt import ImageGPTConfig
-from .features_imagegpt import extract
-from .generation_imagegpt import complete, sample
-from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
-from .modeling_imagegpt import (
-    ImageGPTForCausalImageModeling,
-    ImageGPTForImageClassification,
-    ImageGPTForMaskedImageModeling,
-    ImageGPTModel,
-)
-from .pipelines_imagegpt import ImageCompletionPipeline, ImageGPTFeatureExtractionPipeline
+import lazy_loader
 
 
 __version__ = "0.1.0"
 
-AutoConfig.register("imagegpt", ImageGPTConfig, exist_ok=True)
-AutoModel.register(ImageGPTConfig, ImageGPTModel, exist_ok=True)
-AutoModelForCausalLM.register(ImageGPTConfig, ImageGPTForCausalImageModeling, exist_ok=True)
-AutoModelForImageClassification.register(ImageGPTConfig, ImageGPTForImageClassification, exist_ok=True)
-AutoModelForMaskedImageModeling.register(ImageGPTConfig, ImageGPTForMaskedImageModeling, exist_ok=True)
+# The names below are in `__init__.pyi`, and imported when they are first asked for.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-# Not AutoImageProcessor.register, which would load transformers' own processors first to merge with them.
-IMAGE_PROCESSOR_MAPPING.register(  # whose annotation is of transformers before version 5
-    ImageGPTConfig,
-    {"pil": ImageGPTImageProcessorPil, "torchvision": ImageGPTImageProcessor},  # type: ignore[arg-type]
-    exist_ok=True,
-)
-PIPELINE_REGISTRY.register_pipeline(
-    "image-completion", pipeline_class=ImageCompletionPipeline, pt_model=AutoModelForCausalLM, type="image"
-)
-# A subclass of transformers' own, for two more options; `register_pipeline` would warn.
-PIPELINE_REGISTRY.supported_tasks["image-feature-extraction"]["impl"] = ImageGPTFeatureExtractionPipeline
 
-__all__ = [
-    "ImageCompletionPipeline",
-    "ImageGPTConfig",
-    "ImageGPTForCausalImageModeling",
-    "ImageGPTForImageClassification",
-    "ImageGPTForMaskedImageModeling",
-    "ImageGPTImageProcessor",
-    "ImageGPTImageProcessorPil",
-    "ImageGPTModel",
-    "complete",
-    "extract",
-    "sample",
-]
+def register() -> None:
+    """Make transformers' Auto classes and pipelines return ours."""
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForMaskedImageModeling,
+    )
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from .configuration_imagegpt import ImageGPTConfig
+    from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
+    from .modeling_imagegpt import (
+        ImageGPTForCausalImageModeling,
+        ImageGPTForImageClassification,
+        ImageGPTForMaskedImageModeling,
+        ImageGPTModel,
+    )
+    from .pipelines_imagegpt import ImageCompletionPipeline, ImageGPTFeatureExtractionPipeline
+
+    AutoConfig.register("imagegpt", ImageGPTConfig, exist_ok=True)
+    AutoModel.register(ImageGPTConfig, ImageGPTModel, exist_ok=True)
+    AutoModelForCausalLM.register(ImageGPTConfig, ImageGPTForCausalImageModeling, exist_ok=True)
+    AutoModelForImageClassification.register(ImageGPTConfig, ImageGPTForImageClassification, exist_ok=True)
+    AutoModelForMaskedImageModeling.register(ImageGPTConfig, ImageGPTForMaskedImageModeling, exist_ok=True)
+    # Not AutoImageProcessor.register, which would load transformers' own processors first to merge with them. The mapping's
+    # annotation is of transformers before version 5.
+    processors = {"pil": ImageGPTImageProcessorPil, "torchvision": ImageGPTImageProcessor}
+    IMAGE_PROCESSOR_MAPPING.register(ImageGPTConfig, processors, exist_ok=True)  # type: ignore[arg-type]
+    if "image-completion" not in PIPELINE_REGISTRY.supported_tasks:  # which would warn
+        PIPELINE_REGISTRY.register_pipeline(
+            "image-completion", pipeline_class=ImageCompletionPipeline, pt_model=AutoModelForCausalLM, type="image"
+        )
+    # A subclass of transformers' own, for two more options; `register_pipeline` would warn.
+    PIPELINE_REGISTRY.supported_tasks["image-feature-extraction"]["impl"] = ImageGPTFeatureExtractionPipeline
+
+
+if os.environ.get("HF_IGPT_REGISTER") != "later":
+    register()

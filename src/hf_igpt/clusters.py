@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .presets import MAX_COLORS
 
-MAX_COLORS = 65535  # tokens and SOS, which is K, are stored as uint16
+
 _CHUNK = 8192  # pixels per block of distances to all colours: 8192 x 512 x 8 bytes = 32 MiB
 _LOOKUP = 32768  # pixels per block of look-ups, small enough for their codes to stay in the CPU's cache
 # Cells of the colour cube, from coarse to fine: the side in grey levels, and the largest number of candidates that are

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 
 N_COLORS = 512  # K, the "9-bit colour palette" [V2 3.2]
+MAX_COLORS = 65535  # ours: tokens and SOS, which is K, are stored as uint16
+PALETTE_PIXELS = 1_000_000  # ours: pixels sampled from all images to fit a palette
 IMAGE_SIZE = 32  # H = W, the resolution of the released models [code run.py n_px]
 MASK_PROBABILITY = 0.15  # [V2 2.1, code run.py bert_mask_prob]
 HELD_OUT_FRACTION = 0.04  # of ImageNet's training split, for validation [V2 3.1]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
 import yaml
 from transformers import HfArgumentParser
+
+import hf_igpt
 
 
 if TYPE_CHECKING:
@@ -53,13 +56,20 @@ def read_recipe(file: Path, known: set[str]) -> list[str]:
     return flags
 
 
-def run_script(function: Callable[..., Any], *dataclasses: Any, description: str, first: str | None = None) -> None:
-    """Call `function` with what `parse_arguments` gives; a refusal ends the program with one line and status 2."""
+def run_script(function: str, *dataclasses: Any, description: str, first: str | None = None) -> None:
+    """Call a function, named "module:function", with what `parse_arguments` gives.
+
+    The module is imported after the flags are parsed, so that --help loads no model. A refusal ends the program with one
+    line and status 2.
+    """
     name = Path(sys.argv[0]).name
+    os.environ.pop("HF_IGPT_REGISTER", None)  # it was for this process, not for those that it starts
     try:
         arguments = parse_arguments(*dataclasses, description=description, first=first)
+        hf_igpt.register()
         quiet_libraries()
-        function(*arguments)
+        module, _, called = function.partition(":")
+        getattr(import_module(module), called)(*arguments)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)

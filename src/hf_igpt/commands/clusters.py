@@ -1,34 +1,17 @@
 """`scripts/run_clusters.py`: fit a palette, measure what it loses, and write it as an image processor."""
 
 import shlex
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from .. import clusters
 from ..data import DataArguments, TrainingImages
-from ..data.prepare import PALETTE_PIXELS, log_distortion
+from ..data.prepare import log_distortion
 from ..evaluation.records import RECORDS, UNITS, Record, write_records
 from ..reporting import plots
+from .arguments import ClustersArguments
 from .folders import check_holds_only
-
-
-@dataclass
-class ClustersArguments:
-    """Which palette."""
-
-    output_dir: str = field(
-        default="outputs/palette", metadata={"help": "Where the processor and pictures are written."}
-    )
-    num_colors: int | None = field(
-        default=None, metadata={"help": "Colours K. Default: 512 (paper 3.2); 16 for the digits."}
-    )
-    num_pixels: int = field(default=PALETTE_PIXELS, metadata={"help": "Pixels sampled, evenly from all images."})
-    palette: str | None = field(
-        default=None, metadata={"help": "Fit nothing: take this palette (.npy, .json or a processor's folder)."}
-    )
-    seed: int = field(default=42, metadata={"help": "Seed of the sampling, of k-means and of the held-out split."})
 
 
 def fit_clusters(args: ClustersArguments, data_args: DataArguments) -> list[Record]:

@@ -1,7 +1,6 @@
 """`scripts/run_convert.py`: OpenAI's TensorFlow checkpoints as folders that `from_pretrained` loads."""
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,18 +11,8 @@ from ..evaluation.records import RUN
 from ..image_processing_imagegpt import ImageGPTImageProcessorPil
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
 from ..publishing.conversion import from_openai, read_openai
+from .arguments import ConvertArguments
 from .folders import check_new
-
-
-@dataclass
-class ConvertArguments:
-    """Which checkpoint, and where to."""
-
-    checkpoint: str = field(metadata={"help": "TensorFlow checkpoint, without suffix: DIR/model.ckpt-1000000."})
-    output_dir: str = field(metadata={"help": "A new or empty folder."})
-    palette: str | None = field(
-        default=None, metadata={"help": "kmeans_centers.npy, so that the image processor is written too."}
-    )
 
 
 def convert(args: ConvertArguments) -> Path:

@@ -2,17 +2,15 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..clusters import MAX_COLORS
 from ..configuration_imagegpt import ImageGPTConfig
 from ..evaluation.records import describe_model, read_records, whole_file
-from ..presets import N_COLORS, SIZES
+from ..presets import SIZES
 from ..training.costs import (
     GIB,
-    MODELS,
     Memory,
     executed_flops,
     find_largest_micro_batch,
@@ -20,77 +18,10 @@ from ..training.costs import (
     step_memory,
     training_flops,
 )
+from .arguments import MOST, PlanArguments
 
 
-MOST = 1e15  # of anything that is counted
 USABLE = 0.9  # ours, of a device's memory: its context, libraries' workspaces and fragmentation take the rest
-
-
-@dataclass
-class PlanArguments:
-    """What is to be trained, on what. None means the preset of --size."""
-
-    size: list[str] = field(default_factory=lambda: ["s"], metadata={"help": f"Sizes to plan for: {', '.join(SIZES)}."})
-    objective: str = field(
-        default="causal",
-        metadata={"help": "causal or masked: half of a causal model's attention is masked.", "choices": list(MODELS)},
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Height = width in pixels. Default: of the paper's recipe, 64 for xl, else 32."}
-    )
-    num_colors: int = field(default=N_COLORS, metadata={"help": "Colours K of the palette."})
-    images: float | None = field(
-        default=None, metadata={"help": "Images in the dataset, 1.28e6 for example. Needed where epochs are counted."}
-    )
-    epochs: float | None = field(default=None, metadata={"help": "Epochs. Default: the preset's."})
-    max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps. Default: the preset's."})
-    batch_size: int | None = field(
-        default=None, metadata={"help": "Images in an optimiser step, over all devices. Default: the preset's."}
-    )
-    devices: int = field(default=1, metadata={"help": "Devices, one process each."})
-    gradient_accumulation_steps: int | None = field(
-        default=None, metadata={"help": "Default: the fewest that --memory_gib holds, or 1."}
-    )
-    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast over float32 weights, as run_pretrain.py."})
-    memory_gib: float | None = field(
-        default=None, metadata={"help": "Memory of a device in GiB: says what fits. An H100 of 80 GB reports 79."}
-    )
-    tflops: float | None = field(
-        default=None, metadata={"help": "Achieved TFLOP/s per device, including recomputation."}
-    )
-    records: str | None = field(
-        default=None,
-        metadata={"help": "Or a file of measured records: images_per_second of such a model, or tflops_per_second."},
-    )
-    output_json: str | None = field(default=None, metadata={"help": "File to which the plans are written too."})
-
-    def __post_init__(self) -> None:
-        for size in self.size:
-            if size not in SIZES:
-                raise ValueError(f"No preset {size!r}: the sizes are {', '.join(SIZES)}.")
-        counts = (
-            "image_size",
-            "num_colors",
-            "images",
-            "max_steps",
-            "batch_size",
-            "devices",
-            "gradient_accumulation_steps",
-        )
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and not (1 <= value <= MOST and value == int(value)):
-                raise ValueError(f"--{name} is a whole number from 1 to {MOST:g}; found {value:g}.")
-        for name in ("epochs", "memory_gib", "tflops"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= MOST:
-                raise ValueError(f"--{name} is positive, at most {MOST:g}; found {value:g}.")
-        if self.num_colors > MAX_COLORS:
-            raise ValueError(f"--num_colors is at most {MAX_COLORS}; found {self.num_colors}.")
-        if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("--epochs and --max_steps both say how long to train: give one of them.")
-        if self.tflops is not None and self.records is not None:
-            raise ValueError("One throughput is enough: give --tflops or --records.")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`scripts/run_linear_probe.py`: probe trained models on labelled images [V2 3.3, 4.2-4.4]."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,90 +24,10 @@ from ..evaluation.records import (
 from ..features_imagegpt import check_layers, layers_around
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import ImageGPTModel
-from ..presets import EVALUATION_MASKS, KNN_NEIGHBORS, PROBE_SGD_LEARNING_RATES, PROBE_SUBSETS
 from ..reporting import plots
+from .arguments import ProbeArguments
 from .cli import find_device
 from .folders import check_lacks, folder_beside
-
-
-@dataclass
-class ProbeArguments:
-    """Which models, which layers, which probes."""
-
-    model_name_or_path: list[str] = field(
-        metadata={"help": "Trained models with their image processors: folders or Hub names."}
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where probe.json and probe.png go. Default: probe/ in the model's folder."}
-    )
-    milestones: bool = field(
-        default=False, metadata={"help": "Probe the checkpoints in milestones/ of each model's folder as well."}
-    )
-    layers: list[int] | None = field(
-        default=None, metadata={"help": "Layers 0..L, negative ones from the end. Default: all."}
-    )
-    num_concatenated: int = field(
-        default=1,
-        metadata={"help": "Also probe this many layers around the best one together (paper, Table 2: 5)."},
-    )
-    probe: str = field(
-        default="lbfgs",
-        metadata={
-            "help": "lbfgs: logistic regression by scikit-learn, as the paper's for small sets. sgd: its recipe for ImageNet.",
-            "choices": ["lbfgs", "sgd"],
-        },
-    )
-    standardize: bool = field(
-        default=True, metadata={"help": "Bring each feature to mean 0 and deviation 1 of the training images."}
-    )
-    regularization: list[float] = field(
-        default_factory=lambda: [1e-3, 1e-2, 1e-1, 1.0, 10.0],
-        metadata={"help": "Values of scikit-learn's C, inverse strength, to choose from."},
-    )
-    max_iter: int = field(default=1000, metadata={"help": "Iterations of L-BFGS, at most."})
-    sgd_learning_rates: list[float] = field(
-        default_factory=lambda: list(PROBE_SGD_LEARNING_RATES),
-        metadata={"help": "Learning rates of SGD to choose from (paper 4.2: 30, 10, 3, …)."},
-    )
-    sgd_steps: int = field(default=10_000, metadata={"help": "Steps of SGD (paper: 1,000,000)."})
-    sgd_batch_size: int = field(default=256, metadata={"help": "Images a step of SGD; the paper states none."})
-    knn: bool = field(
-        default=True, metadata={"help": f"Also classify by the {KNN_NEIGHBORS} nearest neighbours, by cosine."}
-    )
-    baselines: bool = field(default=True, metadata={"help": "Probe raw pixels and the untrained network as well."})
-    labels_per_class: list[int] = field(
-        default_factory=list,
-        metadata={"help": "Also probe the best layer with this many labels of each class (paper, Table 4: 4 25 400)."},
-    )
-    num_subsets: int = field(default=PROBE_SUBSETS, metadata={"help": "Random subsets for each of these numbers."})
-    num_masks: int = field(
-        default=EVALUATION_MASKS,
-        metadata={"help": "Masks of each test image of a masked model; the majority decides (paper 4.6)."},
-    )
-    batch_size: int = field(default=64, metadata={"help": "Images in a forward pass."})
-    bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
-    seed: int = field(default=42, metadata={"help": "Seed of splits, subsets, masks and the untrained network."})
-
-    def __post_init__(self) -> None:
-        positive = (
-            "num_concatenated",
-            "max_iter",
-            "sgd_steps",
-            "sgd_batch_size",
-            "num_subsets",
-            "num_masks",
-            "batch_size",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is at least 1; found {getattr(self, name)}.")
-        for name in ("regularization", "sgd_learning_rates", "labels_per_class"):
-            values = getattr(self, name)
-            if any(not value > 0 for value in values) or not (values or name == "labels_per_class"):
-                raise ValueError(f"--{name} are positive numbers; found {values}.")
-        if self.probe not in ("lbfgs", "sgd"):
-            raise ValueError(f"--probe is lbfgs or sgd; found {self.probe!r}.")
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """`scripts/run_publish.py`: validate a model's folder and publish it on the Hub, or write what would be published."""
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -9,21 +8,8 @@ from huggingface_hub import HfApi
 from ..configuration_imagegpt import ImageGPTConfig
 from ..publishing.cards import auto_class
 from ..publishing.hub import push, write_repository
+from .arguments import PublishArguments
 from .folders import check_new
-
-
-@dataclass
-class PublishArguments:
-    """What to publish, and where."""
-
-    model: str = field(metadata={"help": "Folder of a trained or converted model, with its image processor."})
-    repo_id: str = field(metadata={"help": "Its name on the Hub: organisation/name."})
-    private: bool = field(default=False, metadata={"help": "Make the repository private."})
-    local_only: str | None = field(
-        default=None, metadata={"help": "Write the repository to this new or empty folder and push nothing."}
-    )
-    license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, by its name on the Hub."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to commit to. Default: main."})
 
 
 def publish(args: PublishArguments) -> str:

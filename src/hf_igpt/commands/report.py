@@ -1,28 +1,12 @@
 """`scripts/run_report.py`: gather what was measured in several runs, and compare it with the paper."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data import DataArguments
 from ..evaluation.records import MILESTONES, PROBE
 from ..reporting.reports import find_runs, write_report
-from .probe import ProbeArguments, probe
-
-
-@dataclass
-class ReportArguments:
-    """Which runs, and where to."""
-
-    folders: list[str] = field(
-        metadata={"help": "Folders of runs: pretraining, fine-tuning, probes, scores; what lies in them is found."}
-    )
-    output_dir: str = field(
-        default="outputs/report", metadata={"help": "Where report.md and its pictures are written."}
-    )
-    probe_milestones: bool = field(
-        default=False,
-        metadata={"help": "First probe the milestones that were not probed yet, on the labelled images named here."},
-    )
+from .arguments import ProbeArguments, ReportArguments
+from .probe import probe
 
 
 def report(args: ReportArguments, data_args: DataArguments) -> Path:

@@ -1,7 +1,6 @@
 """Draw images with a trained model: from nothing, or completing the upper rows of given images."""
 
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +11,9 @@ from ..evaluation.held_out import select_held_out
 from ..generation_imagegpt import complete, sample
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling
 from ..reporting import plots
+from .arguments import SampleArguments
 from .cli import find_device
 from .folders import folder_beside
-
-
-@dataclass
-class SampleArguments:
-    """What to draw, with which model."""
-
-    model_name_or_path: str = field(metadata={"help": "Trained model with its image processor: folder or Hub name."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where the pictures go. Default: the model's folder."}
-    )
-    num_images: int = field(
-        default=0, metadata={"help": "Images drawn from nothing. Default: 16 if nothing is completed."}
-    )
-    images: list[str] = field(default_factory=list, metadata={"help": "Image files to complete, or folders of them."})
-    num_held_out: int = field(
-        default=0, metadata={"help": "Complete this many held-out images of the dataset (the digits by default)."}
-    )
-    rows: int | None = field(default=None, metadata={"help": "Upper rows kept of each image. Default: half of them."})
-    num_completions: int = field(default=5, metadata={"help": "Completions of each image."})
-    temperature: float = field(default=1.0, metadata={"help": "Softmax temperature (paper: 1)."})
-    top_k: int = field(default=0, metadata={"help": "Draw among this many likeliest colours only; 0: all (paper)."})
-    top_p: float = field(default=1.0, metadata={"help": "Draw among the likeliest colours of this total probability."})
-    seed: int = field(default=42, metadata={"help": "Seed of the drawing."})
-    split_seed: int | None = field(
-        default=None, metadata={"help": "Seed of the held-out split. Default: the one the model was trained with."}
-    )
-    batch_size: int = field(default=64, metadata={"help": "Images drawn at once."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
-    bf16: bool = field(
-        default=False, metadata={"help": "Weights and cache in bfloat16: faster on GPUs, and other pictures of a seed."}
-    )
 
 
 def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:

@@ -27,44 +27,9 @@ from ..evaluation.records import (
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling
 from ..reporting import plots
+from .arguments import ScoreArguments
 from .cli import find_device
 from .folders import folder_beside
-
-
-@dataclass
-class ScoreArguments:
-    """Which images to score, with which model."""
-
-    model_name_or_path: str = field(
-        metadata={"help": "Trained causal model with its image processor: folder or Hub name."}
-    )
-    images: list[str] = field(default_factory=list, metadata={"help": "Image files to score, or folders of them."})
-    num_held_out: int = field(
-        default=0, metadata={"help": "Score this many held-out images of the dataset (the digits by default)."}
-    )
-    compare: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Image files or folders of another kind: how well does nats per pixel tell them apart?"},
-    )
-    num_maps: int = field(
-        default=8, metadata={"help": "Images with a map of each pixel's surprise, least to most surprising."}
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where scores and pictures go. Default: score/ in the model's folder."}
-    )
-    split_seed: int | None = field(
-        default=None, metadata={"help": "Seed of the held-out split. Default: the one the model was trained with."}
-    )
-    batch_size: int = field(default=64, metadata={"help": "Images in a forward pass."})
-    bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_held_out", 0), ("num_maps", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} is at least {least}; found {getattr(self, name)}.")
-        if not (self.images or self.num_held_out):
-            raise ValueError("There is nothing to score: give --images or --num_held_out.")
 
 
 @dataclass

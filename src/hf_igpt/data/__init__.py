@@ -1,50 +1,10 @@
 """From images to tokens: the sources of images, how they are read, and the rows and batches that a model trains on.
 
-`sources` arguments and splits · `images` files and cells · `tokens` cache, rows, streams, collators · `prepare` `TrainingImages`.
+`arguments` flags · `sources` splits · `images` files and cells · `tokens` cache, rows, streams, collators · `prepare` `TrainingImages`.
 """
 
-from .images import find_image_files, named_images, random_crop, read_image, report_bad_images
-from .prepare import TrainingImages, load_processor, processor_of, read_processor, sample_pixels
-from .sources import IMAGE, LABEL, DataArguments, digits, load_images, load_labelled_images
-from .tokens import (
-    MASK,
-    TOKENS,
-    ImageTokens,
-    collate_classified,
-    collate_tokens,
-    drop_unreadable,
-    repeat_stream,
-    stream_tokens,
-    token_array,
-    tokenize,
-)
+import lazy_loader
 
 
-__all__ = [
-    "IMAGE",
-    "LABEL",
-    "MASK",
-    "TOKENS",
-    "DataArguments",
-    "ImageTokens",
-    "TrainingImages",
-    "collate_classified",
-    "collate_tokens",
-    "digits",
-    "drop_unreadable",
-    "find_image_files",
-    "load_images",
-    "load_labelled_images",
-    "load_processor",
-    "named_images",
-    "processor_of",
-    "random_crop",
-    "read_image",
-    "read_processor",
-    "repeat_stream",
-    "report_bad_images",
-    "sample_pixels",
-    "stream_tokens",
-    "token_array",
-    "tokenize",
-]
+# The names are in `__init__.pyi`, and imported when they are first asked for.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -19,13 +19,13 @@ from transformers.image_utils import SizeDict
 from .. import clusters
 from ..configuration_imagegpt import ImageGPTConfig
 from ..image_processing_imagegpt import AnyImageProcessor, ImageGPTImageProcessorPil, InstalledProcessor
-from ..presets import DIGITS_IMAGE_SIZE, DIGITS_N_COLORS, IMAGE_SIZE, N_COLORS
+from ..presets import DIGITS_IMAGE_SIZE, DIGITS_N_COLORS, IMAGE_SIZE, N_COLORS, PALETTE_PIXELS
+from .arguments import DataArguments
 from .images import read_images, report_bad_images
-from .sources import IMAGE, LABEL, AnyDataset, DataArguments, Splits, load_images, load_labelled_images
+from .sources import IMAGE, LABEL, AnyDataset, Splits, load_images, load_labelled_images
 from .tokens import BATCH, SHUFFLE_BUFFER, ImageTokens, drop_unreadable, repeat_stream, stream_tokens, tokenize
 
 
-PALETTE_PIXELS = 1_000_000  # pixels sampled from all images to fit a palette
 _STREAM_PALETTE = 10_000  # images of a stream from which these pixels are sampled
 _CHANGES_NOTHING = ("preprocessing_num_workers", "data_cache_dir")  # arguments that change neither images nor splits
 

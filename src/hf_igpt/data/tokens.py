@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from ..clusters import lookup_table
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..presets import IMAGE_SIZE, MASK_PROBABILITY, PAD_CROP_PIXELS
+from .arguments import DataArguments
 from .images import random_crop, read_images, report_bad_images
-from .sources import IMAGE, LABEL, DataArguments
+from .sources import IMAGE, LABEL
 
 
 TOKENS = "input_ids"

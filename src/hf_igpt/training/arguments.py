@@ -223,9 +223,7 @@ class RecipeArguments(TrainingArguments):
 
     def steps_per_epoch(self, n_images: int) -> int:
         """Return the optimiser steps of an epoch; the last may have fewer images, unless --dataloader_drop_last."""
-        per_batch = self.train_batch_size * self.world_size
-        batches = n_images // per_batch if self.dataloader_drop_last else math.ceil(n_images / per_batch)
-        return max(1, math.ceil(batches / self.gradient_accumulation_steps))
+        return count_steps(self, n_images)
 
     def resolve(self, size: str, objective: str, image_size: int, n_images: int | None, rate: float = 1.0) -> None:
         """Fill in the defaults that depend on the model and its images. Called once, before the Trainer is built.
@@ -279,6 +277,13 @@ class RecipeArguments(TrainingArguments):
             "precision": f"{precision} autocast" if precision else "float32",
             "seed": self.seed,
         }
+
+
+def count_steps(args: TrainingArguments, n_images: int) -> int:
+    """Count the optimiser steps of an epoch of `n_images` images, with any `TrainingArguments`, as `Trainer` does."""
+    per_batch = args.train_batch_size * args.world_size
+    batches = n_images // per_batch if args.dataloader_drop_last else math.ceil(n_images / per_batch)
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 
 @dataclass

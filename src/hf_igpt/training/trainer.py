@@ -19,7 +19,7 @@ from ..data import MASK, TOKENS, ImageTokens, collate_classified, collate_tokens
 from ..evaluation.metrics import BITS_PER_NAT, accuracy, nats_per_image
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import ImageGPTForImageClassification, ImageGPTPreTrainedModel
-from .arguments import WARMUP_SHARE
+from .arguments import WARMUP_SHARE, count_steps
 from .callbacks import Clock, DrawAnew
 
 
@@ -215,15 +215,16 @@ class ImageGPTTrainer(Trainer):
 
     def images_seen(self, step: int) -> int:
         """Return the number of images in the first `step` steps. The last step of an epoch may have fewer than the others."""
-        args: Any = self.args
-        per_step = args.images_per_step()
+        args = self.args
+        per_batch = args.train_batch_size * args.world_size
+        per_step = per_batch * args.gradient_accumulation_steps
         if not has_length(self.train_dataset):
-            return int(step * per_step)
+            return step * per_step
         n_images = len(self.train_dataset)
-        epochs, steps = divmod(step, args.steps_per_epoch(n_images))
+        epochs, steps = divmod(step, count_steps(args, n_images))
         if args.dataloader_drop_last:
-            n_images -= n_images % (args.train_batch_size * args.world_size)
-        return int(epochs * n_images + steps * per_step)
+            n_images -= n_images % per_batch
+        return epochs * n_images + steps * per_step
 
     @property
     def measured_step(self) -> int:

@@ -1,0 +1,295 @@
+"""The flags of the commands, but for those of training and of images.
+
+Importing this module loads nothing heavy, so that flags can be printed at once.
+"""
+
+from dataclasses import dataclass, field
+
+from ..presets import (
+    EVALUATION_MASKS,
+    KNN_NEIGHBORS,
+    MAX_COLORS,
+    N_COLORS,
+    PALETTE_PIXELS,
+    PROBE_SGD_LEARNING_RATES,
+    PROBE_SUBSETS,
+    SIZES,
+)
+
+
+MOST = 1e15  # of anything that a plan counts
+
+
+@dataclass
+class ClustersArguments:
+    """Which palette."""
+
+    output_dir: str = field(
+        default="outputs/palette", metadata={"help": "Where the processor and pictures are written."}
+    )
+    num_colors: int | None = field(
+        default=None, metadata={"help": "Colours K. Default: 512 (paper 3.2); 16 for the digits."}
+    )
+    num_pixels: int = field(default=PALETTE_PIXELS, metadata={"help": "Pixels sampled, evenly from all images."})
+    palette: str | None = field(
+        default=None, metadata={"help": "Fit nothing: take this palette (.npy, .json or a processor's folder)."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of the sampling, of k-means and of the held-out split."})
+
+
+@dataclass
+class SampleArguments:
+    """What to draw, with which model."""
+
+    model_name_or_path: str = field(metadata={"help": "Trained model with its image processor: folder or Hub name."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the pictures go. Default: the model's folder."}
+    )
+    num_images: int = field(
+        default=0, metadata={"help": "Images drawn from nothing. Default: 16 if nothing is completed."}
+    )
+    images: list[str] = field(default_factory=list, metadata={"help": "Image files to complete, or folders of them."})
+    num_held_out: int = field(
+        default=0, metadata={"help": "Complete this many held-out images of the dataset (the digits by default)."}
+    )
+    rows: int | None = field(default=None, metadata={"help": "Upper rows kept of each image. Default: half of them."})
+    num_completions: int = field(default=5, metadata={"help": "Completions of each image."})
+    temperature: float = field(default=1.0, metadata={"help": "Softmax temperature (paper: 1)."})
+    top_k: int = field(default=0, metadata={"help": "Draw among this many likeliest colours only; 0: all (paper)."})
+    top_p: float = field(default=1.0, metadata={"help": "Draw among the likeliest colours of this total probability."})
+    seed: int = field(default=42, metadata={"help": "Seed of the drawing."})
+    split_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the held-out split. Default: the one the model was trained with."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images drawn at once."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
+    bf16: bool = field(
+        default=False, metadata={"help": "Weights and cache in bfloat16: faster on GPUs, and other pictures of a seed."}
+    )
+
+
+@dataclass
+class ProbeArguments:
+    """Which models, which layers, which probes."""
+
+    model_name_or_path: list[str] = field(
+        metadata={"help": "Trained models with their image processors: folders or Hub names."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where probe.json and probe.png go. Default: probe/ in the model's folder."}
+    )
+    milestones: bool = field(
+        default=False, metadata={"help": "Probe the checkpoints in milestones/ of each model's folder as well."}
+    )
+    layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers 0..L, negative ones from the end. Default: all."}
+    )
+    num_concatenated: int = field(
+        default=1,
+        metadata={"help": "Also probe this many layers around the best one together (paper, Table 2: 5)."},
+    )
+    probe: str = field(
+        default="lbfgs",
+        metadata={
+            "help": "lbfgs: logistic regression by scikit-learn, as the paper's for small sets. sgd: its recipe for ImageNet.",
+            "choices": ["lbfgs", "sgd"],
+        },
+    )
+    standardize: bool = field(
+        default=True, metadata={"help": "Bring each feature to mean 0 and deviation 1 of the training images."}
+    )
+    regularization: list[float] = field(
+        default_factory=lambda: [1e-3, 1e-2, 1e-1, 1.0, 10.0],
+        metadata={"help": "Values of scikit-learn's C, inverse strength, to choose from."},
+    )
+    max_iter: int = field(default=1000, metadata={"help": "Iterations of L-BFGS, at most."})
+    sgd_learning_rates: list[float] = field(
+        default_factory=lambda: list(PROBE_SGD_LEARNING_RATES),
+        metadata={"help": "Learning rates of SGD to choose from (paper 4.2: 30, 10, 3, …)."},
+    )
+    sgd_steps: int = field(default=10_000, metadata={"help": "Steps of SGD (paper: 1,000,000)."})
+    sgd_batch_size: int = field(default=256, metadata={"help": "Images a step of SGD; the paper states none."})
+    knn: bool = field(
+        default=True, metadata={"help": f"Also classify by the {KNN_NEIGHBORS} nearest neighbours, by cosine."}
+    )
+    baselines: bool = field(default=True, metadata={"help": "Probe raw pixels and the untrained network as well."})
+    labels_per_class: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Also probe the best layer with this many labels of each class (paper, Table 4: 4 25 400)."},
+    )
+    num_subsets: int = field(default=PROBE_SUBSETS, metadata={"help": "Random subsets for each of these numbers."})
+    num_masks: int = field(
+        default=EVALUATION_MASKS,
+        metadata={"help": "Masks of each test image of a masked model; the majority decides (paper 4.6)."},
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images in a forward pass."})
+    bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
+    seed: int = field(default=42, metadata={"help": "Seed of splits, subsets, masks and the untrained network."})
+
+    def __post_init__(self) -> None:
+        positive = (
+            "num_concatenated",
+            "max_iter",
+            "sgd_steps",
+            "sgd_batch_size",
+            "num_subsets",
+            "num_masks",
+            "batch_size",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is at least 1; found {getattr(self, name)}.")
+        for name in ("regularization", "sgd_learning_rates", "labels_per_class"):
+            values = getattr(self, name)
+            if any(not value > 0 for value in values) or not (values or name == "labels_per_class"):
+                raise ValueError(f"--{name} are positive numbers; found {values}.")
+        if self.probe not in ("lbfgs", "sgd"):
+            raise ValueError(f"--probe is lbfgs or sgd; found {self.probe!r}.")
+
+
+@dataclass
+class ScoreArguments:
+    """Which images to score, with which model."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Trained causal model with its image processor: folder or Hub name."}
+    )
+    images: list[str] = field(default_factory=list, metadata={"help": "Image files to score, or folders of them."})
+    num_held_out: int = field(
+        default=0, metadata={"help": "Score this many held-out images of the dataset (the digits by default)."}
+    )
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Image files or folders of another kind: how well does nats per pixel tell them apart?"},
+    )
+    num_maps: int = field(
+        default=8, metadata={"help": "Images with a map of each pixel's surprise, least to most surprising."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where scores and pictures go. Default: score/ in the model's folder."}
+    )
+    split_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the held-out split. Default: the one the model was trained with."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images in a forward pass."})
+    bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_held_out", 0), ("num_maps", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} is at least {least}; found {getattr(self, name)}.")
+        if not (self.images or self.num_held_out):
+            raise ValueError("There is nothing to score: give --images or --num_held_out.")
+
+
+@dataclass
+class ReportArguments:
+    """Which runs, and where to."""
+
+    folders: list[str] = field(
+        metadata={"help": "Folders of runs: pretraining, fine-tuning, probes, scores; what lies in them is found."}
+    )
+    output_dir: str = field(
+        default="outputs/report", metadata={"help": "Where report.md and its pictures are written."}
+    )
+    probe_milestones: bool = field(
+        default=False,
+        metadata={"help": "First probe the milestones that were not probed yet, on the labelled images named here."},
+    )
+
+
+@dataclass
+class PlanArguments:
+    """What is to be trained, on what. None means the preset of --size."""
+
+    size: list[str] = field(default_factory=lambda: ["s"], metadata={"help": f"Sizes to plan for: {', '.join(SIZES)}."})
+    objective: str = field(
+        default="causal",
+        metadata={
+            "help": "causal or masked: half of a causal model's attention is masked.",
+            "choices": ["causal", "masked"],
+        },
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Height = width in pixels. Default: of the paper's recipe, 64 for xl, else 32."}
+    )
+    num_colors: int = field(default=N_COLORS, metadata={"help": "Colours K of the palette."})
+    images: float | None = field(
+        default=None, metadata={"help": "Images in the dataset, 1.28e6 for example. Needed where epochs are counted."}
+    )
+    epochs: float | None = field(default=None, metadata={"help": "Epochs. Default: the preset's."})
+    max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps. Default: the preset's."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Images in an optimiser step, over all devices. Default: the preset's."}
+    )
+    devices: int = field(default=1, metadata={"help": "Devices, one process each."})
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "Default: the fewest that --memory_gib holds, or 1."}
+    )
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast over float32 weights, as run_pretrain.py."})
+    memory_gib: float | None = field(
+        default=None, metadata={"help": "Memory of a device in GiB: says what fits. An H100 of 80 GB reports 79."}
+    )
+    tflops: float | None = field(
+        default=None, metadata={"help": "Achieved TFLOP/s per device, including recomputation."}
+    )
+    records: str | None = field(
+        default=None,
+        metadata={"help": "Or a file of measured records: images_per_second of such a model, or tflops_per_second."},
+    )
+    output_json: str | None = field(default=None, metadata={"help": "File to which the plans are written too."})
+
+    def __post_init__(self) -> None:
+        for size in self.size:
+            if size not in SIZES:
+                raise ValueError(f"No preset {size!r}: the sizes are {', '.join(SIZES)}.")
+        counts = (
+            "image_size",
+            "num_colors",
+            "images",
+            "max_steps",
+            "batch_size",
+            "devices",
+            "gradient_accumulation_steps",
+        )
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and not (1 <= value <= MOST and value == int(value)):
+                raise ValueError(f"--{name} is a whole number from 1 to {MOST:g}; found {value:g}.")
+        for name in ("epochs", "memory_gib", "tflops"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= MOST:
+                raise ValueError(f"--{name} is positive, at most {MOST:g}; found {value:g}.")
+        if self.num_colors > MAX_COLORS:
+            raise ValueError(f"--num_colors is at most {MAX_COLORS}; found {self.num_colors}.")
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("--epochs and --max_steps both say how long to train: give one of them.")
+        if self.tflops is not None and self.records is not None:
+            raise ValueError("One throughput is enough: give --tflops or --records.")
+
+
+@dataclass
+class ConvertArguments:
+    """Which checkpoint, and where to."""
+
+    checkpoint: str = field(metadata={"help": "TensorFlow checkpoint, without suffix: DIR/model.ckpt-1000000."})
+    output_dir: str = field(metadata={"help": "A new or empty folder."})
+    palette: str | None = field(
+        default=None, metadata={"help": "kmeans_centers.npy, so that the image processor is written too."}
+    )
+
+
+@dataclass
+class PublishArguments:
+    """What to publish, and where."""
+
+    model: str = field(metadata={"help": "Folder of a trained or converted model, with its image processor."})
+    repo_id: str = field(metadata={"help": "Its name on the Hub: organisation/name."})
+    private: bool = field(default=False, metadata={"help": "Make the repository private."})
+    local_only: str | None = field(
+        default=None, metadata={"help": "Write the repository to this new or empty folder and push nothing."}
+    )
+    license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, by its name on the Hub."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to. Default: main."})
