@@ -14,6 +14,7 @@ from PIL import Image
 
 from hf_igpt import ImageGPTImageProcessorPil, data
 from hf_igpt.clusters import nearest_color
+from hf_igpt.commands.arguments import ClustersArguments
 from hf_igpt.data import (
     DataArguments,
     ImageTokens,
@@ -31,6 +32,7 @@ from hf_igpt.data import (
     token_array,
     tokenize,
 )
+from hf_igpt.training.arguments import FinetuningArguments, PretrainingArguments
 
 
 def picture(seed, size=(12, 10)):
@@ -265,6 +267,79 @@ def test_sampled_pixels_come_from_all_images(folder):
     assert some.shape == (200, 3)
     assert np.array_equal(some, sample_pixels(images, 200, image_size=8, seed=1))
     assert {tuple(p) for p in some} <= {tuple(p) for p in everything}
+
+
+def make_folder(place, files):
+    for name in files:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(len(name)).save(place / name)
+    return DataArguments(train_dir=str(place))
+
+
+@pytest.mark.parametrize(
+    ("names", "extra"),
+    [
+        (("train", "test"), ()),
+        (("train", "test"), (".ipynb_checkpoints/a/1.png", "__MACOSX/a/1.png")),
+        (("train", "dev"), ()),
+        (("training", "testing"), ()),
+        (("Train", "Test"), ()),
+        (("TRAIN", "Valid"), ()),
+    ],
+)
+def test_folders_of_splits_are_splits(tmp_path, names, extra):
+    """Whatever their names' case, and beside what systems leave behind: test images are never trained on."""
+    files = [f"{names[0]}/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(8)]
+    files += [f"{names[1]}/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(3)]
+    args = make_folder(tmp_path / "photos", [*files, *extra])
+    splits = load_labelled_images(args)
+    found = {name: [Path(cell["path"]).parts[-3] for cell in split["image"]] for name, split in splits.items()}
+    assert set(found["train"]) | set(found["validation"]) == {names[0]} and set(found["test"]) == {names[1]}
+    assert len(found["train"]) + len(found["validation"]) == 16 and len(found["test"]) == 6
+    assert splits["train"].features["label"].names == ["cat", "dog"]
+
+
+def test_folders_of_splits_without_classes(tmp_path):
+    args = make_folder(tmp_path / "photos", [f"{name}/{i}.png" for name in ("train", "val") for i in range(4)])
+    splits = load_images(args)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 4, "validation": 4}
+    assert "label" not in splits["train"].features
+
+
+def test_classes_may_have_the_names_of_splits(tmp_path):
+    args = make_folder(tmp_path / "photos", [f"{name}/{i}.png" for name in ("train", "plane", "car") for i in range(9)])
+    assert load_labelled_images(args)["train"].features["label"].names == ["car", "plane", "train"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train", "test", "cats"), "test/, train/ are splits, but cats lies beside them"),
+        (("train", "training", "test"), "train/ and training/ are both the train split"),
+    ],
+)
+def test_folders_that_may_be_either_are_refused(tmp_path, names, message):
+    args = make_folder(tmp_path / "photos", [f"{name}/a/{i}.png" for name in names for i in range(3)])
+    with pytest.raises(ValueError, match=message):
+        load_images(args)
+
+
+def test_a_sorted_stream_does_not_hold_out_one_class(tmp_path):
+    images = digits().sort("label").cast_column("image", datasets.Image(decode=False))
+    images.to_parquet(tmp_path / "train.parquet")
+    arguments = DataArguments(train_dir=str(tmp_path), streaming=True, max_eval_samples=20)
+    with pytest.raises(ValueError, match="The first 20 images of the stream.*are all of the class '0'"):
+        load_images(arguments)
+
+
+def test_one_seed_everywhere():
+    """What scripts hold out is what `load_images` and `load_labelled_images` hold out by default."""
+    held_out = [cell["bytes"] for cell in load_images(DataArguments())["validation"]["image"]]
+    tested = [cell["bytes"] for cell in load_labelled_images(DataArguments())["test"]["image"]]
+    assert (
+        held_out == tested == [cell["bytes"] for cell in load_images(DataArguments(), seed=42)["validation"]["image"]]
+    )
+    assert PretrainingArguments().seed == ClustersArguments().seed == FinetuningArguments().seed == 42
 
 
 def test_epochs_flip_anew_and_alike_everywhere(folder, processor):

@@ -140,6 +140,31 @@ def test_the_same_step_may_be_shared_out_otherwise(tmp_path, greys, interrupted)
         assert (tensor - weights(tmp_path)[name]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("change", ["added", "removed", "replaced"])
+def test_other_images_are_refused(tmp_path, greys, change):  # noqa: F811
+    """The split is drawn over all files: with others, images that were trained on would be held out."""
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+
+    def draw(name):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{name}.png")
+
+    for i in range(40):
+        draw(i)
+    options = {"max_steps": 6, "images": {"train_dir": str(tmp_path / "photos"), "train_val_split": 0.3}} | SAVING
+    run(tmp_path / "whole", greys, **options)
+    (tmp_path / "killed").mkdir()
+    kill_after_training(tmp_path / "whole", tmp_path / "killed", step=2)
+    if change == "added":
+        draw("new")
+    elif change == "removed":
+        (tmp_path / "photos" / "7.png").unlink()
+    else:
+        (tmp_path / "photos" / "7.png").write_bytes((tmp_path / "photos" / "8.png").read_bytes() + b" ")
+    with pytest.raises(ValueError, match="files were added, removed or replaced"):
+        run(tmp_path / "killed", greys, **options)
+
+
 # -- two runs in one folder --------------------------------------------------------------------------------------------
 
 

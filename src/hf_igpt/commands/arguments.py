@@ -13,6 +13,7 @@ from ..presets import (
     PALETTE_PIXELS,
     PROBE_SGD_LEARNING_RATES,
     PROBE_SUBSETS,
+    SEED,
     SIZES,
 )
 
@@ -34,7 +35,7 @@ class ClustersArguments:
     palette: str | None = field(
         default=None, metadata={"help": "Fit nothing: take this palette (.npy, .json or a processor's folder)."}
     )
-    seed: int = field(default=42, metadata={"help": "Seed of the sampling, of k-means and of the held-out split."})
+    seed: int = field(default=SEED, metadata={"help": "Seed of the sampling, of k-means and of the held-out split."})
 
 
 @dataclass
@@ -57,7 +58,7 @@ class SampleArguments:
     temperature: float = field(default=1.0, metadata={"help": "Softmax temperature (paper: 1)."})
     top_k: int = field(default=0, metadata={"help": "Draw among this many likeliest colours only; 0: all (paper)."})
     top_p: float = field(default=1.0, metadata={"help": "Draw among the likeliest colours of this total probability."})
-    seed: int = field(default=42, metadata={"help": "Seed of the drawing."})
+    seed: int = field(default=SEED, metadata={"help": "Seed of the drawing."})
     split_seed: int | None = field(
         default=None, metadata={"help": "Seed of the held-out split. Default: the one the model was trained with."}
     )
@@ -125,7 +126,7 @@ class ProbeArguments:
     batch_size: int = field(default=64, metadata={"help": "Images in a forward pass."})
     bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
-    seed: int = field(default=42, metadata={"help": "Seed of splits, subsets, masks and the untrained network."})
+    seed: int = field(default=SEED, metadata={"help": "Seed of splits, subsets, masks and the untrained network."})
 
     def __post_init__(self) -> None:
         positive = (

@@ -23,7 +23,16 @@ from ..presets import DIGITS_IMAGE_SIZE, DIGITS_N_COLORS, IMAGE_SIZE, N_COLORS, 
 from .arguments import DataArguments
 from .images import read_images, report_bad_images
 from .sources import IMAGE, LABEL, AnyDataset, Splits, load_images, load_labelled_images
-from .tokens import BATCH, SHUFFLE_BUFFER, ImageTokens, drop_unreadable, repeat_stream, stream_tokens, tokenize
+from .tokens import (
+    BATCH,
+    SHUFFLE_BUFFER,
+    ImageTokens,
+    describe_images,
+    drop_unreadable,
+    repeat_stream,
+    stream_tokens,
+    tokenize,
+)
 
 
 _STREAM_PALETTE = 10_000  # images of a stream from which these pixels are sampled
@@ -106,8 +115,13 @@ class TrainingImages:
         }
 
     def identity(self) -> dict[str, Any]:
-        """Return the arguments that decide which images are in which split; they must not change when a run resumes."""
-        return {name: value for name, value in vars(self._args).items() if name not in _CHANGES_NOTHING}
+        """Return what decides which images are in which split, which must not change when a run resumes.
+
+        That is the arguments, and as `images` what `describe_images` says of each split (of a stream: of held-out images).
+        """
+        arguments = {name: value for name, value in vars(self._args).items() if name not in _CHANGES_NOTHING}
+        splits = {name: split for name, split in self.splits.items() if isinstance(split, datasets.Dataset)}
+        return arguments | {"images": {name: describe_images(split) for name, split in splits.items()}}
 
     def check_enough(self, images_per_step: int) -> None:
         """Raise ValueError if there are fewer training images than one optimiser step uses."""

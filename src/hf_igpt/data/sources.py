@@ -13,14 +13,18 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..presets import DIGITS_HELD_OUT_FRACTION, HELD_OUT_FRACTION, LABELLED_HELD_OUT_FRACTION
+from ..presets import DIGITS_HELD_OUT_FRACTION, HELD_OUT_FRACTION, LABELLED_HELD_OUT_FRACTION, SEED
 from .arguments import DataArguments
 from .images import find_image_files
 
 
 IMAGE = "image"  # our name for the image column, and below for the label column, whatever the source calls them
 LABEL = "label"
-_VALIDATION = ("validation", "valid", "val")  # names that sources give to a validation split
+_SPLITS = {  # our name -> names that sources give to a split, in any case
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
 _STREAM_HELD_OUT = 1000  # images held out from a stream without a validation split
 
 AnyDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -44,7 +48,7 @@ def digits() -> datasets.Dataset:
 
 
 def load_images(
-    args: DataArguments, seed: int = 0, process: int = 0, num_processes: int = 1, num_workers: int = 0
+    args: DataArguments, seed: int = SEED, process: int = 0, num_processes: int = 1, num_workers: int = 0
 ) -> Splits:
     """Load `{"train": …, "validation": …}`, datasets with undecoded `image` cells and, if the source has labels, `label`.
 
@@ -66,7 +70,7 @@ def load_images(
     return _limit_sizes(splits, args, seed)
 
 
-def load_labelled_images(args: DataArguments, seed: int = 0) -> dict[str, datasets.Dataset]:
+def load_labelled_images(args: DataArguments, seed: int = SEED) -> dict[str, datasets.Dataset]:
     """Load `{"train": …, "validation": …, "test": …}`, datasets with undecoded `image` cells and the `label`s of train's classes.
 
     test: the source's labelled test split, or its validation split, or the part that `load_images` holds out for the same
@@ -183,13 +187,14 @@ def _load_raw(args: DataArguments) -> Splits:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         source = args.dataset_name or args.train_dir
         raise ValueError(f"No images could be loaded from {source}: {error}") from error
-    if "train" not in raw:
-        raise ValueError(f"{args.dataset_name} has no train split; its splits are {', '.join(raw)}.")
-    splits = {"train": raw["train"]}
-    for split, names in (("validation", _VALIDATION), ("test", ("test",))):
+    splits = {}
+    for split, names in _SPLITS.items():
         name = next((name for name in names if name in raw), None)
         if name is not None:
             splits[split] = raw[name]
+    if "train" not in splits:
+        source = args.dataset_name or args.train_dir
+        raise ValueError(f"{source} has no train split; its splits are {', '.join(raw)}.")
     return splits
 
 
@@ -201,16 +206,45 @@ def _load_files(place: str, options: dict[str, Any]) -> Splits:
     elif path.is_dir():
         if not find_image_files(path):
             raise ValueError("the folder holds no image files.")
-        named = {entry.name for entry in path.iterdir() if entry.is_dir()}
-        if "train" in named and named <= {"train", "test", *_VALIDATION}:  # splits, whose folders are the classes
-            splits = datasets.load_dataset("imagefolder", data_dir=place, **options)
-        else:
-            splits = datasets.load_dataset("imagefolder", data_files={"train": str(path / "**")}, **options)
+        folders = _find_split_folders(path)
+        files = {split: str(folder / "**") for split, folder in folders.items()} or {"train": str(path / "**")}
+        if folders:  # the classes are the folders within; images that lie beside them would be of a class "train"
+            direct = {folder.name for folder in folders.values()}
+            options = options | {"drop_labels": any(file.parent.name in direct for file in find_image_files(path))}
+        splits = datasets.load_dataset("imagefolder", data_files=files, **options)
     else:
         splits = datasets.load_dataset("parquet", data_files={"train": place}, **options)
     if not options["streaming"] and len(splits["train"]) == 0:
         raise ValueError("it holds no images.")
     return dict(splits)
+
+
+def _find_split_folders(path: Path) -> dict[str, Path]:
+    """Find the folders of `path` that are splits, by our names for them; {} if its folders are classes.
+
+    They are splits if one is named as training images are and every other as another split, in any case; hidden folders and
+    those that systems leave behind do not count. Two of the same split, or splits beside other folders, are ValueErrors.
+    """
+    folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__"))]
+    found: dict[str, Path] = {}
+    others = []
+    for folder in sorted(folders):
+        split = next((split for split, names in _SPLITS.items() if folder.name.lower() in names), None)
+        if split is None:
+            others.append(folder.name)
+        elif split in found:
+            raise ValueError(f"{found[split].name}/ and {folder.name}/ are both the {split} split: leave one.")
+        else:
+            found[split] = folder
+    if "train" not in found or (len(found) == 1 and others):  # a class may have such a name
+        return {}
+    if others:
+        names = ", ".join(f"{folder.name}/" for folder in found.values())
+        raise ValueError(
+            f"{names} are splits, but {', '.join(sorted(others)[:5])} lies beside them and is none: move it elsewhere, or name "
+            "the training images' own folder."
+        )
+    return found
 
 
 def _standardize_columns(dataset: AnyDataset, args: DataArguments) -> AnyDataset:
@@ -259,6 +293,12 @@ def _split_stream(splits: Splits, args: DataArguments, process: int, num_process
         raise ValueError(
             f"The stream is too short: {len(rows)} images are held out, and {n_first} are left for training with "
             f"{num_processes} processes, each of which needs at least one."
+        )
+    names = getattr(validation.features.get(LABEL), "names", [])
+    if is_cut and "validation" not in splits and len(names) > 1 and len({row[LABEL] for row in rows}) == 1:
+        raise ValueError(
+            f"The first {len(rows)} images of the stream, which would be held out, are all of the class "
+            f"{names[rows[0][LABEL]]!r}: the stream is sorted. Name --validation_dir, or shuffle the dataset."
         )
     if not is_cut and train.num_shards % num_processes == 0:
         train = train.shard(num_processes, process)

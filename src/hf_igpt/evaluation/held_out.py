@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..data import IMAGE, DataArguments, load_images, load_labelled_images
+from ..presets import SEED
 from .records import RECORDS, Record, read_records, read_run
 
 
@@ -59,6 +60,6 @@ def select_held_out(
             raise ValueError(f"--num_held_out {count}: only {record.n} images were held out in training.")
         if split_seed is None:
             split_seed = record.seed if record.split_seed is None else record.split_seed
-    seed = 42 if split_seed is None else split_seed
+    seed = SEED if split_seed is None else split_seed
     held_out = load(data_args, seed=seed)[split]
     return held_out.select(range(min(count, len(held_out))))[IMAGE], seed

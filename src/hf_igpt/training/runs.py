@@ -137,6 +137,11 @@ def collect_identity(model_args: ModelArguments, images: TrainingImages, args: R
 def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict[str, Any]) -> None:
     """Raise ValueError if a checkpoint has another model, seed, data or palette: held-out images must stay held out."""
     was = read_identity(Path(checkpoint).parent)
+    if was.get("images") != identity["images"]:
+        raise ValueError(
+            f"The images are not those that {checkpoint} was trained on: files were added, removed or replaced, so that images "
+            "held out now may have been trained on. Bring them back, or give another --output_dir."
+        )
     for name, value in identity.items():
         if was.get(name) != value:
             raise ValueError(
