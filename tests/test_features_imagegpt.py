@@ -1,6 +1,7 @@
 """Features: against a naive loop over hidden states, OpenAI's classifier, and of many images."""
 
 import weakref
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -226,3 +227,49 @@ def test_what_cannot_be_extracted_is_refused_before_a_forward_pass(
     with pytest.raises(ValueError, match=message):
         write_features(tmp_path / "new" / "features.arrow", model, many[:n_images], **options)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ("photo.png", "one str"),
+        (Path("photo.png"), "one PosixPath"),
+        (Image.new("RGB", (8, 8)), "one Image"),
+        (np.zeros((8, 8, 3), np.uint8), r"an array of shape \(8, 8, 3\)"),
+        (b"bytes", "one bytes"),
+    ],
+)
+def test_one_image_is_no_list_of_images(model, palette, inputs, message):
+    processor = ImageGPTImageProcessorPil(clusters=palette[:16], size=8)
+    with pytest.raises(ValueError, match=f"Features are of a list of images; found {message}"):
+        extract(model, inputs, processor=processor)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            torch.zeros(64, dtype=torch.long),
+            r"tokens \(n, 64\); pass `processor` with images; found an array of shape \(64,\)",
+        ),
+        (torch.zeros(2, 3, 64, dtype=torch.long), r"found an array of shape \(2, 3, 64\)"),
+        ("photo.png", "pass `processor` with images; found one str"),
+        (
+            [[[1] * 64]],
+            r"1 images of 64 tokens each were expected from number 0 on; found tokens of shape \(1, 1, 64\)",
+        ),
+        ([[1] * 63, [1] * 63], r"found tokens of shape \(2, 63\)"),
+    ],
+)
+def test_what_are_no_tokens_is_refused(model, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        extract(model, inputs)
+
+
+def test_nested_lists_of_images_are_refused(model, palette):
+    processor = ImageGPTImageProcessorPil(clusters=palette[:16], size=8)
+    images = [Image.new("RGB", (8, 8)) for _ in range(3)]
+    with pytest.raises(ValueError, match="images"):
+        extract(model, [images[:2], images[2:]], processor=processor)
+    assert extract(model, np.zeros((3, 8, 8, 3), np.uint8), processor=processor)[0].shape == (3, 32)
+    assert extract(model, images, processor=processor)[0].shape == (3, 32)

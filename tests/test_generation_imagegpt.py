@@ -152,3 +152,38 @@ def test_a_static_cache_is_asked_for_where_images_are_drawn(model, processor, mo
     model.generate()
     ImageCompletionPipeline(model=model, image_processor=processor)(given[0], rows=5, cache_implementation="dynamic")
     assert len(made) == count
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        {"num_return_sequences": 3},
+        {"max_new_tokens": 5},
+        {"eos_token_id": 3},
+        {"min_p": 0.9},
+        {"num_beams": 2},
+        {"suppress_tokens": [1, 2, 3]},
+        {"temperature": 0.01, "top_k": 1, "top_p": 0.1},
+        {"repetition_penalty": 9.0},
+        {"do_sample": False},
+        {"bad_words_ids": [[1]]},
+    ],
+    ids=str,
+)
+def test_a_strangers_defaults_change_nothing(model, processor, stranger):
+    """What `generation_config.json` of a checkpoint says: nothing is truncated unless the caller asks for it."""
+    expected = sample(model, processor, 3, seed=1, progress=False, return_tokens=True)
+    given = complete(model, processor, images(2), 4, 2, seed=1, progress=False, return_tokens=True)
+    defaults = model.generation_config
+    for name, value in stranger.items():
+        setattr(defaults, name, value)
+    assert torch.equal(sample(model, processor, 3, seed=1, progress=False, return_tokens=True), expected)
+    assert torch.equal(complete(model, processor, images(2), 4, 2, seed=1, progress=False, return_tokens=True), given)
+    assert model.generation_config is defaults and all(getattr(defaults, k) == v for k, v in stranger.items())
+
+
+@pytest.mark.parametrize("option", [{"num_return_sequences": 2}, {"max_length": 20}, {"max_new_tokens": 3}], ids=str)
+def test_lengths_and_numbers_are_decided(model, processor, option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name}: images are drawn as a whole, and num_completions"):
+        complete(model, processor, images(1), progress=False, **option)

@@ -5,9 +5,12 @@ In a model of L blocks, layer l is the normalised input of block l (the output o
 [SOS, x_0 … x_{N-2}], as in training; a masked model reads all N pixels.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -60,10 +63,12 @@ def features_of_tokens(
     check_tokens(tokens, config.vocab_size - 1, "tokens", config)
     backbone: Any = model.base_model
     found: dict[int, torch.Tensor] = {}
+    thread = threading.get_ident()
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            found[layer] = output.float().mean(dim=1) if pool else output
+            if threading.get_ident() == thread:  # others may run the same model
+                found[layer] = output.float().mean(dim=1) if pool else output
 
         return hook
 
@@ -98,7 +103,7 @@ def extract(
     take memory. Invalid arguments are a ValueError.
     """
     layers = check_layers(model.config, layers)
-    found = {layer: torch.empty(len(inputs), model.config.n_embd) for layer in layers}
+    found: dict[int, torch.Tensor] = {}
     start = 0
     for batch in feature_batches(
         model,
@@ -111,6 +116,8 @@ def extract(
         progress=progress,
     ):
         for layer, feature in batch.items():
+            if layer not in found:
+                found[layer] = torch.empty(len(inputs), feature.shape[1])
             found[layer][start : start + len(feature)] = feature
         start += len(next(iter(batch.values())))
     return found
@@ -128,15 +135,48 @@ def layers_around(layer: int, n_layer: int, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
+# model -> how many contexts of `evaluation_mode` it is in, and its mode before the first
+_MODES: WeakKeyDictionary[torch.nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+_MODES_LOCK = threading.Lock()
+
+
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode, and back into its former mode on leaving the context."""
-    training = model.training
-    model.eval()
+    """Put `model` into evaluation mode, and back into its former mode when the last thread leaves such a context."""
+    with _MODES_LOCK:
+        count, training = _MODES.get(model, (0, model.training))
+        _MODES[model] = count + 1, training
+        if count == 0:
+            model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        with _MODES_LOCK:
+            count, training = _MODES.pop(model)
+            if count > 1:
+                _MODES[model] = count - 1, training
+            else:
+                model.train(training)
+
+
+def _check_inputs(inputs: Any, processor: AnyImageProcessor | None, config: ImageGPTConfig) -> None:
+    """ValueError if `inputs` are not many images: one image, one path, or an array of another rank."""
+    is_array = isinstance(inputs, (np.ndarray, torch.Tensor))
+    rank = 2 if processor is None else 4  # tokens (n, N), or images (n, H, W, 3)
+    if (
+        isinstance(inputs, (str, bytes, PathLike))
+        or not hasattr(inputs, "__len__")
+        or (is_array and inputs.ndim != rank)
+    ):
+        what = f"an array of shape {tuple(inputs.shape)}" if is_array else f"one {type(inputs).__name__}"
+        wanted = (
+            f"tokens (n, {config.n_positions}); pass `processor` with images"
+            if processor is None
+            else "a list of images"
+        )
+        raise ValueError(f"Features are of {wanted}; found {what}.")
+    if len(inputs) == 0:
+        raise ValueError("No images: at least one is needed.")
 
 
 def feature_batches(
@@ -152,8 +192,7 @@ def feature_batches(
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Yield what `extract` returns, one batch at a time. The arguments, those of `extract`, are checked on calling."""
     config, device = model.config, model.device
-    if len(inputs) == 0:
-        raise ValueError("No images: at least one is needed.")
+    _check_inputs(inputs, processor, config)
     if mask_seed is not None and config.objective != "masked":
         raise ValueError("mask_seed is for masked models; this one is causal.")
     if batch_size < 1:
@@ -168,6 +207,11 @@ def feature_batches(
                 batch = inputs[start : start + batch_size]
                 batch = batch if processor is None else processor(batch)["input_ids"]  # type: ignore[arg-type]  # any image
                 rows = np.asarray(batch.cpu() if torch.is_tensor(batch) else batch)
+                if rows.shape != (min(batch_size, len(inputs) - start), config.n_positions):
+                    raise ValueError(
+                        f"{min(batch_size, len(inputs) - start)} images of {config.n_positions} tokens each were expected from "
+                        f"number {start} on; found tokens of shape {rows.shape}."
+                    )
                 mask = None if rng is None else torch.from_numpy(rng.random(rows.shape) < MASK_PROBABILITY).to(device)
                 tokens = torch.from_numpy(rows).to(device)
                 tokens = tokens if tokens.is_floating_point() else tokens.long()

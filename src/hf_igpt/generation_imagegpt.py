@@ -1,12 +1,14 @@
 """Drawing images: `sample()` draws whole images, `complete()` continues the upper rows of images, `fill_in()` hidden pixels."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from .cache_imagegpt import drawing_cache
 from .features_imagegpt import evaluation_mode
@@ -120,6 +122,20 @@ class _Progress(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+_DRAWING = threading.RLock()  # one thread draws at a time: `generate` draws from torch's random state, which all share
+
+
+@contextmanager
+def _neutral_defaults(model: ImageGPTForCausalImageModeling) -> Iterator[None]:
+    """Within it `generate` takes nothing from the checkpoint's generation_config.json, which may truncate or search."""
+    defaults = model.generation_config
+    model.generation_config = GenerationConfig(bos_token_id=model.config.sos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = defaults
+
+
 @torch.no_grad()
 def _continue(
     model: ImageGPTForCausalImageModeling,
@@ -139,6 +155,11 @@ def _continue(
         raise ValueError(
             f"Sampling needs temperature > 0, 0 < top_p <= 1, top_k >= 0; found {temperature}, {top_p}, {top_k}."
         )
+    decided = {"max_length", "max_new_tokens", "num_return_sequences"} & set(generate_kwargs)
+    if decided:
+        raise ValueError(
+            f"{', '.join(sorted(decided))}: images are drawn as a whole, and num_completions says how many of each."
+        )
     n_pixels = model.config.n_positions
     n_missing = n_pixels - prompts.shape[1]
     if n_missing == 0:
@@ -156,7 +177,9 @@ def _continue(
     if drawing_cache(model) is not None and not generate_kwargs:  # a static cache does not support every option
         options["cache_implementation"] = drawing_cache(model)
     with (
+        _DRAWING,
         evaluation_mode(model),
+        _neutral_defaults(model),
         torch.random.fork_rng(devices=devices, enabled=seed is not None),
         tqdm(
             total=len(prompts) * n_missing,
