@@ -56,7 +56,7 @@ class Scripts:
 
 def serve():
     # What the scripts would spend most of their time on.
-    from hf_igpt.commands import clusters, convert, finetune, plan, pretrain, probe, publish, report, sample, score  # noqa: F401  # noqa: F401
+    from hf_igpt.commands import clusters, convert, finetune, plan, pretrain, probe, publish, report, sample, score  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

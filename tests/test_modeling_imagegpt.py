@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForImageClassification,
     CompileConfig,
     GenerationConfig,
+    Trainer,
+    TrainingArguments,
 )
 
 from hf_igpt import (
@@ -699,3 +701,74 @@ def test_lengths_over_an_image_are_refused_before_the_first_step(model, options,
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: pytest.fail("a step was taken"))
     with pytest.raises(ValueError, match="66 tokens were requested"):
         model.generate(**options)
+
+
+# -- what users call beside training -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_colors", [8, 255, 256])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_tokens_of_any_integer_type(n_colors, dtype):
+    """`tokenize` stores uint8 or uint16; 256, the limit or SOS, does not fit into uint8."""
+    tokens = torch.randint(0, min(n_colors, 128), (3, 64))
+    for kind, options in (
+        (ImageGPTForCausalImageModeling, {}),
+        (ImageGPTForImageClassification, {"num_labels": 4, "sos_inputs": True}),
+    ):
+        model = randomized(kind(small_config(n_colors=n_colors, **options)))
+        assert torch.equal(model(input_ids=tokens.to(dtype)).logits, model(input_ids=tokens).logits)
+    model = randomized(ImageGPTForCausalImageModeling(small_config(n_colors=n_colors)))
+    assert torch.equal(model(labels=tokens.to(dtype)).loss, model(labels=tokens).loss)
+    with pytest.raises(ValueError, match=f"the token {n_colors}"):
+        model(labels=torch.full((1, 64), n_colors, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_transition_scores_are_those_of_the_pixels_drawn(model, beams):
+    options = {"num_beams": beams, "do_sample": beams == 1, "output_scores": True, "return_dict_in_generate": True}
+    drawn = model.generate(torch.full((2, 1), 16), **options)
+    chances = model(labels=drawn.sequences[:, 1:]).logits.log_softmax(-1)
+    expected = chances.gather(2, drawn.sequences[:, 1:, None])[..., 0]
+    beam_indices = drawn.beam_indices if beams > 1 else None
+    found = model.compute_transition_scores(drawn.sequences, drawn.scores, beam_indices, normalize_logits=beams == 1)
+    assert found.shape == (2, 64) and torch.allclose(found, expected, atol=1e-3)
+
+
+def test_colours_are_not_resized(model, tokens):
+    before = model(labels=tokens).loss
+    with pytest.raises(ValueError, match="has K = 16 colours, and SOS .* cannot be resized to 20"):
+        model.resize_token_embeddings(20)
+    assert model.resize_token_embeddings(17) is model.get_input_embeddings()
+    assert model.config.vocab_size == 17 and torch.equal(model(labels=tokens).loss, before)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_weights_or_an_error(implementation, tokens):
+    model = randomized(ImageGPTForCausalImageModeling._from_config(small_config(), attn_implementation=implementation))
+    if implementation == "sdpa":
+        for call in (model, lambda x, **kwargs: model.generate(x, return_dict_in_generate=True, **kwargs)):
+            with pytest.raises(ValueError, match='sdpa attention does not compute its weights.*"eager"'):
+                call(tokens[:, :4], output_attentions=True)
+    else:
+        found = model(tokens[:, :4], output_attentions=True).attentions
+        assert [weights.shape for weights in found] == [(4, 2, 4, 4)] * 3
+        assert all(torch.allclose(weights.sum(-1), torch.ones(4, 2, 4), atol=1e-5) for weights in found)
+
+
+def test_weight_decay_spares_norms(model):
+    decayed = Trainer.get_decay_parameter_names(None, model)
+    assert decayed and not [name for name in decayed if "ln_" in name or "bias" in name]
+
+
+def test_an_assistant_that_exits_early_draws_the_same(model):
+    expected = model.generate(do_sample=False)
+    assert torch.equal(model.generate(do_sample=False, assistant_early_exit=1), expected)
+    assert model.config.n_layer == 3 and torch.equal(model.generate(do_sample=False), expected)
+
+
+def test_joint_classifiers_predict_logits_in_any_trainer(tmp_path):
+    config = small_config(num_labels=3, sos_inputs=True, generative_loss_weight=1.0)
+    rows = [{"input_ids": torch.arange(64) % 16, "labels": i % 3} for i in range(10)]
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = Trainer(ImageGPTForImageClassification(config), arguments)
+    assert trainer.predict(rows).predictions.shape == (10, 3)

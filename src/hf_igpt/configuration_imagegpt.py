@@ -61,7 +61,8 @@ class ImageGPTConfig(PreTrainedConfig):
     """
 
     model_type = "imagegpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # What `Trainer` leaves out of predictions: caches, and the parts of a joint classifier's loss.
+    keys_to_ignore_at_inference = ["past_key_values", "classification_loss", "generative_loss", "generative_nats"]
     base_model_fsdp_plan = {
         "wte": "free_full_weight",
         "wpe": "free_full_weight",

@@ -29,6 +29,7 @@ def check_tokens(tokens: torch.Tensor, limit: int, name: str, config: ImageGPTCo
         )
     if tokens.numel() == 0 or not has_values(tokens):
         return
+    tokens = tokens.long()  # a limit may not fit into the tokens' own type
     bad = (tokens < 0) | (tokens >= limit)
     if ignore:
         bad &= tokens != IGNORE_INDEX
@@ -42,4 +43,4 @@ def check_tokens(tokens: torch.Tensor, limit: int, name: str, config: ImageGPTCo
 
 def shift_right(tokens: torch.Tensor, sos_token_id: int) -> torch.Tensor:
     """Turn pixels (B, N) into the inputs from which they are predicted, [SOS, x_0 … x_{N-2}] (B, N) [code src/model.py]."""
-    return nn.functional.pad(tokens[:, :-1], (1, 0), value=sos_token_id)
+    return nn.functional.pad(tokens[:, :-1].long(), (1, 0), value=sos_token_id)

@@ -66,16 +66,15 @@ class ImageGPTProjection(Conv1D):
         return nn.functional.linear(x, self.weight.t(), self.bias if self.use_bias else None)
 
 
-class ImageGPTLayerNorm(nn.Module):
+class ImageGPTLayerNorm(nn.LayerNorm):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension: no mean subtraction, no bias [code norm].
 
-    PyTorch computes it in float32 if the input has a narrower type: the square of a float16 above 256 overflows.
+    PyTorch computes it in float32 if the input has a narrower type: the square of a float16 above 256 overflows. It is a
+    `LayerNorm` so that transformers' `Trainer`, which looks for that class, does not decay its weight.
     """
 
     def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
+        super().__init__(size, eps=eps, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

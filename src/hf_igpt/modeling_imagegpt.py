@@ -185,6 +185,23 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
                 )
         return loaded
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Resize the embeddings of a model without a colour head, as transformers does.
+
+        With a colour head, other numbers of colours are a ValueError: SOS is the last row, so that new rows would take its
+        place, and they would be drawn although they are no colours.
+        """
+        has_colors = getattr(self, "lm_head", None) is not None or self.config.sos_inputs
+        if has_colors:
+            if new_num_tokens in (None, self.config.vocab_size) and not kwargs.get("pad_to_multiple_of"):
+                return self.get_input_embeddings()  # transformers would resize the head, which has a row less
+            raise ValueError(
+                f"This model has K = {self.config.vocab_size - 1} colours, and SOS as the last row of its embeddings: they cannot be "
+                f"resized to {new_num_tokens}. Make a model with `ImageGPTConfig(vocab_size=K + 1, …)` and copy into it the rows "
+                "of `transformer.wte` (SOS to row K) and of `lm_head`."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def _refuse_flex_attention(self) -> None:
         """Raise ValueError for FlexAttention with a static cache: transformers 5.23 gives wrong logits, as for its own models."""
         if self.config._attn_implementation == "flex_attention":
@@ -249,8 +266,15 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("Pass either `input_ids` or `inputs_embeds`, and not both.")
-        for name in ("output_attentions", "output_hidden_states"):
-            kwargs.pop(name, None)  # the decorator has already read them
+        wants_attentions = kwargs.pop("output_attentions", None)  # the decorator has already read both
+        kwargs.pop("output_hidden_states", None)
+        if wants_attentions is None:
+            wants_attentions = self.config.output_attentions
+        if wants_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True: {self.config._attn_implementation} attention does not compute its weights. Use "
+                '`model.set_attn_implementation("eager")`.'
+            )
         if self.config.objective == "masked":
             use_cache = False  # every position attends to all others, so there is no past
         if use_cache and past_key_values is None:
@@ -261,7 +285,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         self._check_length(inputs.shape, seen, position_ids)
         if inputs_embeds is None:
             check_tokens(inputs, self.config.vocab_size, "input_ids", self.config)
-            inputs_embeds = self.wte(inputs)
+            inputs_embeds = self.wte(inputs.long())
         if bool_masked_pos is not None:
             self._check_mask(bool_masked_pos, inputs.shape[:2])
             inputs_embeds = inputs_embeds * ~bool_masked_pos[..., None]
@@ -277,7 +301,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
         )
-        for block in self.h:
+        for block in self.h[: self.config.n_layer]:  # fewer while an assistant exits early
             hidden = block(
                 hidden, past_key_values=past_key_values, attention_mask=mask, position_ids=position_ids, **kwargs
             )
@@ -401,6 +425,25 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+    def compute_transition_scores(
+        self,
+        sequences: torch.Tensor,
+        scores: tuple[torch.Tensor, ...],
+        beam_indices: torch.Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> torch.Tensor:
+        """Return the score of every pixel that `generate` drew, as transformers does: (B, T) logits or logarithms.
+
+        transformers takes the scores to have vocab_size = K + 1 columns; SOS, which is never drawn, gets −inf.
+        """
+        with_sos = tuple(nn.functional.pad(score, (0, 1), value=-torch.inf) for score in scores)
+        return super().compute_transition_scores(  # type: ignore[misc]  # its annotations are of other classes
+            sequences,
+            with_sos,  # type: ignore[arg-type]  # a tuple of any length
+            beam_indices,
+            normalize_logits,
         )
 
     def _starts_with_sos(self, input_ids: torch.Tensor) -> bool:
