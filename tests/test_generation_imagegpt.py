@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from conftest import randomized, small_config
 from PIL import Image
 from transformers import GenerationMixin
 
-from hf_igpt import ImageGPTImageProcessorPil, generation_imagegpt
+from hf_igpt import ImageGPTForImageClassification, ImageGPTImageProcessorPil, ImageGPTModel, generation_imagegpt
 from hf_igpt.cache_imagegpt import RoomyLayer
 from hf_igpt.commands.sample import SampleArguments, draw
 from hf_igpt.data import DataArguments
@@ -187,3 +188,19 @@ def test_lengths_and_numbers_are_decided(model, processor, option):
     (name,) = option
     with pytest.raises(ValueError, match=f"{name}: images are drawn as a whole, and num_completions"):
         complete(model, processor, images(1), progress=False, **option)
+
+
+@pytest.mark.parametrize("kind", [ImageGPTForImageClassification, ImageGPTModel])
+def test_models_without_a_colour_head_draw_nothing(kind, processor, tmp_path):
+    """Not noise by a head that was never trained."""
+    randomized(kind(small_config())).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"is not a trained causal model: it lacks lm_head\.weight\. Draw with"):
+        draw(SampleArguments(str(tmp_path / "model"), num_images=1), DataArguments())
+    assert not (tmp_path / "model" / "samples.png").exists()
+
+
+@pytest.mark.parametrize("name", ["outputs/pretrain", "./nowhere", "/nowhere/model", "a/b/c"])
+def test_a_missing_folder_is_said_to_be_missing(name):
+    with pytest.raises(ValueError, match=r"There is no folder .*run_pretrain\.py"):
+        draw(SampleArguments(name, num_images=1), DataArguments())

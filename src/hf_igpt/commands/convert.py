@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..clusters import load_palette
-from ..evaluation.records import RUN
+from ..evaluation.records import RUN, whole_folder
 from ..image_processing_imagegpt import ImageGPTImageProcessorPil
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
 from ..publishing.conversion import from_openai, read_openai
@@ -26,17 +26,17 @@ def convert(args: ConvertArguments) -> Path:
         raise ValueError(f"{args.palette} has {len(palette)} colours, the model {config.vocab_size - 1}.")
     head = ImageGPTForCausalImageModeling if config.objective == "causal" else ImageGPTForMaskedImageModeling
     config.architectures = [head.__name__] + (["ImageGPTForImageClassification"] if "score.weight" in state else [])
-    config.save_pretrained(folder)
-    save_file(
-        {name: weight.contiguous() for name, weight in state.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
-    if config.objective == "causal":
-        with torch.device("meta"):
-            ImageGPTForCausalImageModeling(config).generation_config.save_pretrained(folder)
-    if palette is not None:
-        ImageGPTImageProcessorPil(clusters=palette, size=image_size, do_center_crop=True).save_pretrained(folder)
-    recipe = {"objective": config.objective, "converted from": Path(args.checkpoint).name}
-    (folder / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")
+    with whole_folder(folder) as staged:
+        config.save_pretrained(staged)
+        weights = {name: weight.contiguous() for name, weight in state.items()}
+        save_file(weights, staged / "model.safetensors", {"format": "pt"})
+        if config.objective == "causal":
+            with torch.device("meta"):
+                ImageGPTForCausalImageModeling(config).generation_config.save_pretrained(staged)
+        if palette is not None:
+            ImageGPTImageProcessorPil(clusters=palette, size=image_size, do_center_crop=True).save_pretrained(staged)
+        recipe = {"objective": config.objective, "converted from": Path(args.checkpoint).name}
+        (staged / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")
     n_parameters = sum(weight.numel() for name, weight in state.items() if not name.endswith(".bias"))
     print(
         f"Wrote {n_parameters:,} parameters ({config.objective}, {config.n_layer} layers x {config.n_embd}) to {folder}"

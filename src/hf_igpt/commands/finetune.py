@@ -25,6 +25,7 @@ from ..training import runs
 from ..training.arguments import FinetuningArguments, ModelArguments
 from ..training.runs import log_main
 from ..training.trainer import ImageGPTTrainer
+from .folders import check_model_exists
 
 
 def finetune(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> list[Record]:
@@ -34,6 +35,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     accuracy is kept, and the test split is evaluated once, at the end. The folder holds what `pretrain` writes and
     `confusion.png`. Returns the records of the results. Invalid arguments are a ValueError before training starts.
     """
+    if model_args.model_name_or_path:
+        check_model_exists(model_args.model_name_or_path)
     checkpoint = runs.begin(args)
     folder, source = Path(args.output_dir), model_args.model_name_or_path
     images = TrainingImages(

@@ -1,6 +1,7 @@
-"""Folders that commands write to: which one, and whether it may be written to."""
+"""Folders that commands read and write: whether a model is there, where results go, and whether they may go there."""
 
 from pathlib import Path
+from typing import Any
 
 
 def folder_beside(model_name: str, output_dir: str | None, name: str = "") -> Path:
@@ -13,6 +14,17 @@ def folder_beside(model_name: str, output_dir: str | None, name: str = "") -> Pa
             f"Give --output_dir: {model_name} is not a folder here, so there is none of its own to write to."
         )
     return Path(output_dir) if output_dir is not None else Path(model_name) / name
+
+
+def check_model_exists(model_name: str) -> None:
+    """ValueError if `model_name` is the path of a folder that is not there: it would be looked for on the Hub."""
+    path = Path(model_name)
+    is_path = path.is_absolute() or model_name.startswith(".") or len(path.parts) != 2 or path.parts[0] == "outputs"
+    if not path.exists() and (is_path or path.parent.is_dir()):
+        raise ValueError(
+            f"There is no folder {model_name}: scripts/run_pretrain.py and scripts/run_finetune.py make models, in outputs/ by "
+            "default; a model on the Hub is named organisation/name."
+        )
 
 
 def check_new(folder: Path, flag: str) -> None:
@@ -34,3 +46,15 @@ def check_lacks(folder: Path, file: str, flag: str = "--output_dir") -> None:
     """ValueError if `folder`, given by `flag`, holds `file` already."""
     if (folder / file).exists():
         raise ValueError(f"{folder} holds {file} already: give another {flag}, or delete it.")
+
+
+def load_trained(kind: Any, model_name: str, remedy: str, **options: Any) -> Any:
+    """Load a model of the class `kind`; one that lacks weights for it, as its head, is a ValueError that names `remedy`.
+
+    options: those of `from_pretrained`.
+    """
+    model, loading = kind.from_pretrained(model_name, output_loading_info=True, **options)
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"]))
+        raise ValueError(f"{model_name} is not a trained causal model: it lacks {missing}. {remedy}")
+    return model

@@ -27,6 +27,7 @@ from ..training import runs
 from ..training.arguments import ModelArguments, PretrainingArguments
 from ..training.callbacks import Milestones, SamplePictures
 from ..training.runs import log_main
+from .folders import check_model_exists
 
 
 BASELINE_TOKENS = 20_000_000  # the most training tokens that counting models are fitted to
@@ -39,6 +40,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     `samples/` with a picture for each evaluation, `palette.png`, `training.png`, and `records.json`, which is written last.
     An unfinished run in `output_dir` is resumed. Invalid arguments are a ValueError before training starts.
     """
+    if model_args.model_name_or_path:
+        check_model_exists(model_args.model_name_or_path)
     checkpoint = runs.begin(args)
     folder = Path(args.output_dir)
     images = TrainingImages(

@@ -27,7 +27,7 @@ from ..modeling_imagegpt import ImageGPTModel
 from ..reporting import plots
 from .arguments import ProbeArguments
 from .cli import find_device
-from .folders import check_lacks, folder_beside
+from .folders import check_lacks, check_model_exists, folder_beside
 
 
 @dataclass
@@ -120,6 +120,7 @@ def list_models(args: ProbeArguments) -> list[str]:
 
 def prepare_subject(name: str, args: ProbeArguments, n_models: int) -> Subject:
     """Everything about a model but its weights; what is wrong with it or its folder is a ValueError."""
+    check_model_exists(name)
     folder = folder_beside(name, args.output_dir, "probe")
     if args.output_dir and n_models > 1:
         folder = folder / Path(name).absolute().name

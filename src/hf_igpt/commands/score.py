@@ -29,7 +29,7 @@ from ..modeling_imagegpt import ImageGPTForCausalImageModeling
 from ..reporting import plots
 from .arguments import ScoreArguments
 from .cli import find_device
-from .folders import folder_beside
+from .folders import check_model_exists, folder_beside, load_trained
 
 
 @dataclass
@@ -57,6 +57,7 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     with the model, the folders or the images is a ValueError before any forward pass.
     """
     name = args.model_name_or_path
+    check_model_exists(name)
     folder = folder_beside(name, args.output_dir, "score")
     config = ImageGPTConfig.from_pretrained(name)
     check_causal(config)
@@ -65,13 +66,7 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     if args.compare:
         names, tokens = read_images(name_images(args.compare), processor, data_args.on_bad_image)
         sets.append(ImageSet("compared", "compared", summarize_places(args.compare), names, tokens))
-    loaded: Any = ImageGPTForCausalImageModeling.from_pretrained(name, output_loading_info=True)
-    model, loading = loaded
-    if loading["missing_keys"]:
-        raise ValueError(
-            f"{name} is not a trained causal model: it lacks {', '.join(sorted(loading['missing_keys']))}. Score with the "
-            "model it was made from."
-        )
+    model = load_trained(ImageGPTForCausalImageModeling, name, "Score with the model it was made from.")
     model.to(find_device(args.device))
     tokens = np.concatenate([images.tokens for images in sets])
     surprise = measure_surprise(model, tokens, batch_size=args.batch_size, bf16=args.bf16).numpy()

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from .. import modeling_imagegpt
 from ..configuration_imagegpt import ImageGPTConfig
-from ..evaluation.records import RECORDS, RUN, read_records, read_run
+from ..evaluation.records import RECORDS, RUN, read_records, read_run, whole_folder
 from ..image_processing_imagegpt import AnyImageProcessor, InstalledProcessor
 from ..reporting import plots
 from .cards import render_card
@@ -116,9 +116,7 @@ def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, li
     config, processor = check_model(model_dir)
     run = read_run(model_dir)
     records = read_records(model_dir / RECORDS) if (model_dir / RECORDS).is_file() else []
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as staged:
         for file in [*model_dir.glob(WEIGHTS), *model_dir.glob("generation_config.json"), *model_dir.glob(RECORDS)]:
             shutil.copy(file, staged)
         for name in CODE:
@@ -138,13 +136,6 @@ def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, li
         card = render_card(repo_id, config, grid, crops, recipe, records, pictures, licence)
         (staged / "README.md").write_text(card)
         check_for_secrets(staged, model_dir)
-        if folder.is_dir():
-            folder.rmdir()  # it is empty
-        staged.chmod(0o755)
-        staged.rename(folder)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
     return folder
 
 

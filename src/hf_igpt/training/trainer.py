@@ -253,7 +253,7 @@ class ImageGPTTrainer(Trainer):
     def publish_folder(self, folder: Path, message: str, token: str | None = None, revision: str | None = None) -> Any:
         """Publish a folder of this run to --hub_model_id, in one commit. Other arguments as in `push_to_hub`."""
         if self.publish is None:
-            raise ValueError("This Trainer cannot publish: build it with publish=hf_igpt.hub.push.")
+            raise ValueError("This Trainer cannot publish: build it with publish=hf_igpt.publishing.hub.push.")
         args = self.args
         return self.publish(
             folder,
