@@ -1,4 +1,4 @@
-"""Convert a checkpoint of OpenAI's TensorFlow code (iGPT-S, M, L; autoregressive or BERT) to a folder of ours.
+"""Convert a checkpoint of OpenAI's TensorFlow code (iGPT-S, M, L; autoregressive or BERT) to a folder that from_pretrained loads.
 
     python scripts/run_convert.py --checkpoint models/model.ckpt-1000000 --output_dir igpt-s --palette kmeans_centers.npy
 

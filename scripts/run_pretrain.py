@@ -6,7 +6,7 @@
     python scripts/run_pretrain.py recipe.json                           # or a .json/.yaml file of flags
 
 Without arguments: held-out loss at most 1.30 nats/pixel (left-and-up trigram: 1.61). Writes the model, its image
-processor, samples, a curve and records to --output_dir; an interrupted run goes on when started again.
+processor, samples, a curve and records to --output_dir; an interrupted run continues when it is started again.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Gather what runs measured into one page: figures of the paper, tables beside its own, pictures.
+"""Gather what runs measured into one page: the paper's figures, its numbers and ours, pictures.
 
     python scripts/run_report.py outputs/pretrain outputs/finetune
     python scripts/run_report.py outputs/ --output_dir report --probe_milestones

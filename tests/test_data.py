@@ -314,7 +314,7 @@ def test_classes_may_have_the_names_of_splits(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("train", "test", "cats"), "test/, train/ are splits, but cats lies beside them"),
+        (("train", "test", "cats"), "test/, train/ are splits, but cats is none and lies next to them"),
         (("train", "training", "test"), "train/ and training/ are both the train split"),
     ],
 )

@@ -107,7 +107,7 @@ class ImageGPTConfig(PreTrainedConfig):
     def from_preset(
         cls, size: str, *, image_size: int = IMAGE_SIZE, n_colors: int = N_COLORS, **overrides: Any
     ) -> "ImageGPTConfig":
-        """Make the configuration for one of the paper's sizes ("s", "m", "l", "xl") or of ours ("tiny", "xs").
+        """Make the configuration for one of the paper's sizes ("s", "m", "l", "xl") or of this package's ("tiny", "xs").
 
         image_size: height = width in pixels, so N = image_size². n_colors: K. `overrides` are fields of the
         configuration. The model has no biases and no dropout, is initialised as in OpenAI's code (src/model.py), and has

@@ -62,7 +62,7 @@ class SampleArguments:
     split_seed: int | None = field(
         default=None, metadata={"help": "Seed of the held-out split. Default: the one the model was trained with."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Images drawn at once."})
+    batch_size: int = field(default=64, metadata={"help": "Images drawn in one batch."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
     bf16: bool = field(
         default=False, metadata={"help": "Weights and cache in bfloat16: faster on GPUs, and other pictures of a seed."}

@@ -23,7 +23,7 @@ def fit_clusters(args: ClustersArguments, data_args: DataArguments) -> list[Reco
     images = TrainingImages(data_args, args.seed)
     if palette is None:
         palette, _ = images.fit_palette(args.num_colors, args.num_pixels)
-    lost = clusters.distortion(images.sample_pixels("validation", args.num_pixels), palette)
+    distortion = clusters.distortion(images.sample_pixels("validation", args.num_pixels), palette)
     images.make_processor(palette).save_pretrained(folder)
     np.save(folder / "palette.npy", palette)
     plots.palette_picture(palette).save(folder / "palette.png")
@@ -41,10 +41,10 @@ def fit_clusters(args: ClustersArguments, data_args: DataArguments) -> list[Reco
             colors=len(palette),
             checkpoint=Path(args.palette).name if args.palette else None,
         )
-        for metric, value in lost.items()
+        for metric, value in distortion.items()
     ]
     write_records(folder / RECORDS, records)
-    log_distortion(palette, lost, "held-out images")
+    log_distortion(palette, distortion, "held-out images")
     print(f"Wrote the image processor, palette.npy, palette.png and records to {folder}")
     named = {"dataset_name": data_args.dataset_name, "train_dir": data_args.train_dir, "image_processor_name": folder}
     flags = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in named.items() if value)

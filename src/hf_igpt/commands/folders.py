@@ -39,7 +39,7 @@ def check_holds_only(folder: Path, files: set[str], flag: str = "--output_dir") 
     """ValueError if `folder`, given by `flag`, holds anything but `files`, which are written anew."""
     strange = sorted(entry.name for entry in folder.iterdir() if entry.name not in files) if folder.is_dir() else []
     if strange:
-        raise ValueError(f"{folder} holds something else ({', '.join(strange[:5])}): give another {flag}.")
+        raise ValueError(f"{folder} holds other files ({', '.join(strange[:5])}): give another {flag}.")
 
 
 def check_lacks(folder: Path, file: str, flag: str = "--output_dir") -> None:

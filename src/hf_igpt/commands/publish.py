@@ -26,7 +26,7 @@ def publish(args: PublishArguments) -> str:
         write_repository(args.model, target, args.repo_id, args.license)
         where = str(target)
     else:
-        HfApi().whoami()  # or there is no token: said before any work
+        HfApi().whoami()  # raises before any work if there is no token
         check_visibility(args.repo_id, args.private)
         where = push(args.model, args.repo_id, licence=args.license, private=args.private, revision=args.revision)
     print(f"{'Wrote' if args.local_only else 'Published'} {where}\n")

@@ -20,7 +20,7 @@ from .folders import check_model_exists, folder_beside, load_trained
 def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
     """Write `samples.png` and `completions.png` as the arguments ask; returns their paths."""
     if args.rows is not None and not (args.images or args.num_held_out):
-        raise ValueError("--rows is of images to complete: give them with --images or --num_held_out.")
+        raise ValueError("--rows applies to images that are completed: name them with --images or --num_held_out.")
     check_model_exists(args.model_name_or_path)
     folder = folder_beside(args.model_name_or_path, args.output_dir)
     dtype = torch.bfloat16 if args.bf16 else torch.float32

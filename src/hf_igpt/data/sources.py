@@ -208,7 +208,7 @@ def _load_files(place: str, options: dict[str, Any]) -> Splits:
             raise ValueError("the folder holds no image files.")
         folders = _find_split_folders(path)
         files = {split: str(folder / "**") for split, folder in folders.items()} or {"train": str(path / "**")}
-        if folders:  # the classes are the folders within; images that lie beside them would be of a class "train"
+        if folders:  # the classes are the folders within; images directly in a split's folder would be of a class "train"
             direct = {folder.name for folder in folders.values()}
             options = options | {"drop_labels": any(file.parent.name in direct for file in find_image_files(path))}
         splits = datasets.load_dataset("imagefolder", data_files=files, **options)
@@ -223,7 +223,7 @@ def _find_split_folders(path: Path) -> dict[str, Path]:
     """Find the folders of `path` that are splits, by our names for them; {} if its folders are classes.
 
     They are splits if one is named as training images are and every other as another split, in any case; hidden folders and
-    those that systems leave behind do not count. Two of the same split, or splits beside other folders, are ValueErrors.
+    those that systems leave behind do not count. Two of the same split, or splits next to other folders, are ValueErrors.
     """
     folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__"))]
     found: dict[str, Path] = {}
@@ -241,7 +241,7 @@ def _find_split_folders(path: Path) -> dict[str, Path]:
     if others:
         names = ", ".join(f"{folder.name}/" for folder in found.values())
         raise ValueError(
-            f"{names} are splits, but {', '.join(sorted(others)[:5])} lies beside them and is none: move it elsewhere, or name "
+            f"{names} are splits, but {', '.join(sorted(others)[:5])} is none and lies next to them: move it elsewhere, or name "
             "the training images' own folder."
         )
     return found

@@ -12,7 +12,7 @@ from .records import RECORDS, Record, read_records, read_run
 
 
 def record_of_training(model_name: str | Path) -> Record | None:
-    """The first record beside a model, which says on what it was trained; None for models without."""
+    """The first record in a model's folder, which says what it was trained on; None if there are no records."""
     file = Path(model_name) / RECORDS
     return read_records(file)[0] if file.is_file() else None
 

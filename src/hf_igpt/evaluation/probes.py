@@ -181,7 +181,7 @@ class Probing:
     """The protocol for one network.
 
     model: the network. tokens: labelled images as tokens, by split. palette: (K, 3), for raw pixels. layers: those to choose
-    from. about: what all records say, of the images too; trained: what those of the trained network say besides.
+    from. about: what all records say, of the images too; trained: what those of the trained network say in addition.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Records: what was measured, as data; how they are read, written and put into words; what lies beside a model."""
+"""Records: what was measured, as data; how they are read, written and put into words; the files that accompany a model."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from ..image_processing_imagegpt import AnyImageProcessor
 from ..presets import N_COLORS, SIZES, Published
 
 
-RECORDS = "records.json"  # beside a model: what was measured. Written last: a folder that holds it holds a finished run
-RUN = "run.json"  # beside a model: how it was made (`recipe`), and what a resumed run must have in common (`identity`)
+RECORDS = "records.json"  # with a model: what was measured. Written last, so a folder that has it holds a finished run
+RUN = "run.json"  # with a model: how it was made (`recipe`), and what a resumed run must have in common (`identity`)
 PROBE, SCORE = "probe.json", "score.json"  # in folders of their own: the records of `probe` and of `score`
 MILESTONES = "milestones"  # folder of a run: checkpoints at fractions of its training
 UNITS = {

@@ -1,7 +1,7 @@
 """OpenAI's TensorFlow checkpoints <-> our weights: names and layouts as data, sizes from the variables' shapes.
 
 The released checkpoints (`model.ckpt-1000000` and its shards) hold the variables that src/model.py makes under `model/`,
-beside Adam's slots. H heads, E = D / H their width.
+next to Adam's slots. H heads, E = D / H their width.
 """
 
 import re
@@ -94,7 +94,7 @@ def from_openai(variables: dict[str, np.ndarray]) -> tuple[ImageGPTConfig, dict[
             weight = take(f"h{i}/{name}")
             state[f"transformer.h.{i}.{ours}"] = weight.flatten(0, 1) if layout == "heads" else weight
     if left:
-        raise ValueError(f"The checkpoint has variables that Image GPT has not: {', '.join(sorted(left))}.")
+        raise ValueError(f"The checkpoint has variables that Image GPT does not have: {', '.join(sorted(left))}.")
     config = ImageGPTConfig.from_preset(
         "s",
         n_colors=n_colors,

@@ -103,7 +103,7 @@ def push(
 
 
 def plan_commit(old: list[str], folder: Path) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Adds all files of `folder`; deletes what an earlier commit of ours may have left beside them."""
+    """Add all files in `folder`, and delete what an earlier commit by this function may have left."""
     new = {file.name: file for file in folder.iterdir()}
     stale = [name for name in old if name not in new and any(fnmatch(name, pattern) for pattern in REPLACED)]
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in sorted(new.items())]

@@ -271,7 +271,7 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, names: list[st
 
 
 def surprise_maps(images: Sequence[Image.Image], maps: np.ndarray, titles: Sequence[str]) -> Image.Image:
-    """Images, each beside the map of its pixels' surprise, in one scale of colours for all.
+    """Images, each next to the map of its pixels' surprise, all on one colour scale.
 
     maps: (n, H, W), −log p of each pixel in nats; the scale ends where 1 pixel in 200 has more. titles: one above each pair,
     of one or more lines.
