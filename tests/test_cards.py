@@ -87,3 +87,10 @@ def test_each_kind_says_how_to_load_it(options, tag, says, says_not):
     text = card(**options)
     assert ModelCard(text).data.pipeline_tag == tag
     assert says in text and says_not not in text
+
+
+def test_facts_cannot_break_the_card():
+    text = card(
+        architectures=["ImageGPTForCausalImageModeling"], recipe={"data": "a | b", "note": "one | two\nthree <b>"}
+    )
+    assert "| note | one \\| two three &lt;b> |" in text and "Trained on a \\| b." in text

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_igpt.commands.arguments import PlanArguments
+from hf_igpt.commands.cli import parse_arguments
+
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("run_*.py"))
@@ -78,3 +81,9 @@ else:
     raise AssertionError
 """
     )
+
+
+def test_a_flag_that_is_none_is_named_with_its_neighbour(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run_plan.py", "--sise", "s", "--devices", "2"])
+    with pytest.raises(ValueError, match=r"There is no flag --sise s; did you mean --size\?"):
+        parse_arguments(PlanArguments, description="")

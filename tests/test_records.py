@@ -97,19 +97,32 @@ def test_records_of_the_first_format_say_what_readers_ask_for(tmp_path):
         old(metric="accuracy", unit="fraction", settings=probe | {"deviation": 0.01, "C": 0.1}),
         old(metric="accuracy", unit="fraction", settings=probe | {"of": "raw pixels"}, baseline=True),
         old(metric="accuracy", unit="fraction", settings=tuned),
+        old(metric="accuracy", unit="fraction", model='always "horse"', baseline=True, settings={}),
+        old(metric="psnr_db", unit="dB", model="palette of 64 colours from a.npy", settings={}),
+        old(metric="seconds", unit="s", model="hf_igpt compiled", data="random tokens", settings={"stage": "a step"}),
+        {key: value for key, value in old().items() if key not in ("settings", "baseline")},  # both had defaults
     ]
     (tmp_path / "records.json").write_text(json.dumps(rows))
-    nats, counted, probed, raw, fine_tuned = read_records(tmp_path / "records.json")
+    nats, counted, probed, raw, fine_tuned, always, palette, speed, plain = read_records(tmp_path / "records.json")
     assert (nats.task, nats.dataset, nats.images_seen, nats.parameters) == (
         "generation",
         "scikit-learn digits",
         960,
         800_000,
     )
-    assert (counted.baseline, raw.baseline, probed.baseline) == ("left", "raw pixels", None)
+    assert (counted.baseline, raw.baseline, probed.baseline) == ("left bigram", "raw pixels", None)
     assert (probed.task, probed.layers, probed.labels_per_class, probed.deviation) == ("linear probe", (2,), 4, 0.01)
     assert probed.details["C"] == 0.1
     assert (fine_tuned.task, fine_tuned.split_seed, fine_tuned.masks) == ("fine-tuning", 3, None)
+    assert (always.task, always.baseline, palette.task, palette.colors) == (
+        "fine-tuning",
+        'always "horse"',
+        "palette",
+        64,
+    )
+    assert (speed.stage, speed.system, speed.variant, speed.task) == ("a step", "hf_igpt", "compiled", "speed")
+    assert describe_model(nats) == describe_model(plain) == "Image GPT tiny, 800,000 parameters, 960 images seen"
+    assert describe_images(nats) == "scikit-learn digits, 8x8, 16 colours" and nats.image_size == (8, 8)
     assert find_split_seed(str(tmp_path), DataArguments(), 42) == 7
     assert record_of_training(tmp_path) == nats
     page = report(ReportArguments([str(tmp_path)], output_dir=str(tmp_path / "report")), DataArguments())

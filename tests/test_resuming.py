@@ -16,7 +16,7 @@ from test_training import greys, history, run, weights  # noqa: F401 (a fixture)
 from hf_igpt.commands.finetune import finetune
 from hf_igpt.data import DataArguments
 from hf_igpt.evaluation.records import read_records
-from hf_igpt.training import runs
+from hf_igpt.training import resuming, runs
 from hf_igpt.training.arguments import FinetuningArguments, ModelArguments
 from hf_igpt.training.trainer import ImageGPTTrainer, NotFinite
 
@@ -116,6 +116,7 @@ def interrupted(tmp_path_factory, greys):  # noqa: F811
         {"optim": "sgd"},
         {"max_minutes": 5.0},
         {"load_best_model_at_end": False},
+        {"eval_strategy": "no"},
         {"dataloader_drop_last": True},
         {"neftune_noise_alpha": 5.0},
     ],
@@ -128,7 +129,7 @@ def test_another_recipe_is_refused_by_name(tmp_path, greys, interrupted, changed
     named = "images_per_step" if "batch" in name or "accumulation" in name else name
     with pytest.raises(ValueError, match=rf"was trained with .*--{named} .*repeat that"):
         run(tmp_path, greys, **({"max_steps": 6, "images": IMAGES} | SAVING | changed))
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != runs.LOCK}
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != resuming.LOCK}
     assert after == before
 
 
@@ -175,8 +176,8 @@ def test_a_folder_has_one_run_at_a_time(tmp_path, greys, interrupted):  # noqa: 
         f"""
         import time
         from pathlib import Path
-        from hf_igpt.training.runs import own_folder
-        own_folder(Path({str(tmp_path)!r}))
+        from hf_igpt.training.resuming import own_folder
+        own_folder(Path({str(tmp_path)!r}), None)
         print("held", flush=True)
         time.sleep(60)
         """
@@ -190,7 +191,87 @@ def test_a_folder_has_one_run_at_a_time(tmp_path, greys, interrupted):  # noqa: 
         process.kill()
         process.wait()
     run(tmp_path, greys, max_steps=6, images=IMAGES, **SAVING)  # the lock died with its process
-    assert (tmp_path / "records.json").is_file() and not (tmp_path / runs.LOCK).exists()
+    assert (tmp_path / "records.json").is_file() and not (tmp_path / resuming.LOCK).exists()
+
+
+def test_a_run_that_ends_badly_releases_its_folder(tmp_path, greys, interrupted):  # noqa: F811
+    kill_after_training(interrupted, tmp_path, step=2)
+    with pytest.raises(ValueError, match="--learning_rate"):
+        run(tmp_path, greys, max_steps=6, images=IMAGES, learning_rate=0.5, **SAVING)
+    assert not resuming.OWNED and not (tmp_path / resuming.LOCK).exists()
+
+
+def test_a_folder_has_one_run_in_one_process_too(tmp_path):
+    one, other = object(), object()
+    resuming.own_folder(tmp_path, one)
+    resuming.own_folder(tmp_path, one)
+    with pytest.raises(ValueError, match="Another run is writing to"):
+        resuming.own_folder(tmp_path, other)
+    resuming.release_folder(tmp_path, other)  # not its own
+    with pytest.raises(ValueError, match="Another run is writing to"):
+        resuming.own_folder(tmp_path, other)
+    resuming.release_folder(tmp_path, one)
+    resuming.own_folder(tmp_path, other)
+    resuming.release_folder(tmp_path, other)
+
+
+def test_a_folder_in_which_another_run_ended_meanwhile_is_not_overwritten(tmp_path, greys, interrupted, monkeypatch):  # noqa: F811
+    """Between the first look at a folder and the first file lies the reading of all images."""
+    begin = runs.begin
+
+    def begin_and_wait(args):
+        checkpoint = begin(args)
+        shutil.copytree(interrupted, args.output_dir)
+        return checkpoint
+
+    monkeypatch.setattr(runs, "begin", begin_and_wait)
+    with pytest.raises(ValueError, match="Another run has written to .* meanwhile"):
+        run(tmp_path / "run", greys, max_steps=6, images=IMAGES, **SAVING)
+    assert read_records(tmp_path / "run" / "records.json") == read_records(interrupted / "records.json")
+
+
+# -- checkpoints that cannot be continued ------------------------------------------------------------------------------
+
+
+def test_checkpoints_without_an_optimiser_are_not_continued(tmp_path, greys, interrupted):  # noqa: F811
+    options = {"max_steps": 6, "images": IMAGES, "save_only_model": True} | SAVING
+    run(tmp_path / "whole", greys, **options)
+    (tmp_path / "killed").mkdir()
+    kill_after_training(tmp_path / "whole", tmp_path / "killed", step=2)
+    with pytest.raises(ValueError, match=r"has no optimizer state \(--save_only_model\?\)"):
+        run(tmp_path / "killed", greys, **options)
+    (tmp_path / "ended").mkdir()
+    kill_after_training(tmp_path / "whole", tmp_path / "ended")  # of which only measuring is left
+    assert run(tmp_path / "ended", greys, **options) == read_records(tmp_path / "whole" / "records.json")
+
+
+def test_the_best_and_the_last_checkpoint_are_kept(tmp_path, greys):  # noqa: F811
+    """With a limit of one, the last would give way to the best, and a killed run would be trained again."""
+    options = {"max_steps": 6, "images": IMAGES} | SAVING | {"save_total_limit": 1, "greater_is_better": True}
+    run(tmp_path / "run", greys, **options)
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-6"}
+
+
+def test_a_best_checkpoint_elsewhere_is_found_or_missed_by_name(tmp_path, greys, interrupted):  # noqa: F811
+    options = {"images": IMAGES} | SAVING | {"greater_is_better": True}  # the first is the best
+    run(tmp_path / "one", greys, max_steps=6, **options)
+    more = {"max_steps": 8, "resume_from_checkpoint": str(tmp_path / "one" / "checkpoint-6")} | options
+    expected = run(tmp_path / "two", greys, **more)
+    (tmp_path / "killed").mkdir()
+    kill_after_training(tmp_path / "two", tmp_path / "killed")
+    del more["resume_from_checkpoint"]
+    assert run(tmp_path / "killed", greys, **more) == expected
+    (tmp_path / "again").mkdir()
+    kill_after_training(tmp_path / "two", tmp_path / "again")
+    shutil.rmtree(tmp_path / "one" / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"The best checkpoint, .*one/checkpoint-2, is not there"):
+        run(tmp_path / "again", greys, **more)
+
+
+def test_a_checkpoint_past_the_end_is_refused(tmp_path, greys, interrupted):  # noqa: F811
+    elsewhere = {"max_steps": 4, "resume_from_checkpoint": str(interrupted / "checkpoint-6")}
+    with pytest.raises(ValueError, match="has been trained for 6 steps, more than the 4 of this run"):
+        run(tmp_path / "run", greys, **({"images": IMAGES} | SAVING | elsewhere))
 
 
 # -- divergence --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 # The names below are in `__init__.pyi`, and imported when they are first asked for.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["register"]
 
 
 def register() -> None:

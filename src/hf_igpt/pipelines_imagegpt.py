@@ -11,7 +11,7 @@ from transformers.image_utils import load_image
 from .features_imagegpt import check_layers, features_of_tokens
 from .generation_imagegpt import complete
 from .image_processing_imagegpt import AnyImageProcessor
-from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTPreTrainedModel
+from .modeling_imagegpt import ImageGPTForCausalImageModeling
 
 
 class ImageCompletionPipeline(Pipeline):
@@ -97,10 +97,17 @@ class ImageGPTFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
     last hidden states (1, N, D) of the unshifted tokens, without SOS.
     """
 
+    model: Any
+
+    def _reads_tokens(self) -> bool:
+        """Whether the model is an Image GPT with this code. Of a local repository, transformers loads it apart from this file."""
+        is_plain = type(self.model).__module__.startswith("transformers.")
+        return self.model.config.model_type == "imagegpt" and not is_plain
+
     def _sanitize_parameters(
         self, layer: int | None = None, pool: bool | None = None, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        if not isinstance(self.model, ImageGPTPreTrainedModel):
+        if not self._reads_tokens():
             if layer is not None:
                 raise ValueError(f"layer= is an option for Image GPTs; this is a {type(self.model).__name__}.")
             return super()._sanitize_parameters(pool=pool, **kwargs)
@@ -113,7 +120,7 @@ class ImageGPTFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
     def _forward(
         self, model_inputs: Mapping[str, torch.Tensor], layer: int | None = None, pool: bool = False
     ) -> Mapping[str, Any]:
-        if not isinstance(self.model, ImageGPTPreTrainedModel) or (layer is None and not pool):
+        if not self._reads_tokens() or (layer is None and not pool):
             return super()._forward(model_inputs)
         (feature,) = features_of_tokens(
             self.model, model_inputs["input_ids"], -1 if layer is None else layer, pool=pool

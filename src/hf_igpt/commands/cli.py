@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from importlib import import_module
@@ -33,7 +34,12 @@ def parse_arguments(*dataclasses: Any, description: str, first: str | None = Non
         flags = read_recipe(Path(flags[0]), {action.dest for action in parser._actions} - {"help"}) + flags[1:]
     if first and flags and not flags[0].startswith("-"):
         flags = [f"--{first}", *flags]
-    return parser.parse_args_into_dataclasses(flags)
+    *arguments, unknown = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
+    if unknown:
+        names = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], names, n=1)
+        raise ValueError(f"There is no flag {' '.join(unknown)}" + (f"; did you mean {close[0]}?" if close else "."))
+    return tuple(arguments)
 
 
 def read_recipe(file: Path, known: set[str]) -> list[str]:

@@ -21,13 +21,14 @@ from ..evaluation.records import (
 from ..presets import FINETUNING_RATE
 from ..publishing.hub import push
 from ..reporting import plots
-from ..training import runs
+from ..training import resuming, runs
 from ..training.arguments import FinetuningArguments, ModelArguments
 from ..training.runs import log_main
 from ..training.trainer import ImageGPTTrainer
 from .folders import check_model_exists
 
 
+@resuming.releasing_folder
 def finetune(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> list[Record]:
     """Fine-tune an Image GPT to classify, by L_CLF + weight · L_GEN [V2 2.3], and write it to `args.output_dir`.
 
@@ -35,7 +36,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     accuracy is kept, and the test split is evaluated once, at the end. The folder holds what `pretrain` writes and
     `confusion.png`. Returns the records of the results. Invalid arguments are a ValueError before training starts.
     """
-    if model_args.model_name_or_path:
+    if model_args.model_name_or_path and not model_args.config_overrides:  # which are for new models: refused below
         check_model_exists(model_args.model_name_or_path)
     checkpoint = runs.begin(args)
     folder, source = Path(args.output_dir), model_args.model_name_or_path
@@ -53,7 +54,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     processor = images.processor
     model = runs.build_classifier(model_args, args, processor, config, images.classes)
     if checkpoint:
-        runs.check_same_run(checkpoint, model.config, runs.collect_identity(model_args, images, args))
+        resuming.check_same_run(checkpoint, model.config, resuming.collect_identity(model_args, images, args))
     size = find_size(model.config) or args.size
     images.check_enough(args.images_per_step(size))
     masked = model.config.objective == "masked"
@@ -61,8 +62,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     rate = 1.0 if config is None else FINETUNING_RATE
     args.resolve(size, model.config.objective, processor.token_grid()[0], len(train), rate)
     if checkpoint:
-        runs.check_same_arguments(checkpoint, args)
-    runs.write_run(args, model_args, images, model, len(train))
+        resuming.check_same_arguments(checkpoint, args, images.is_stream)
+    runs.write_run(args, model_args, images, model, len(train), checkpoint)
     if args.should_save:
         plots.palette_picture(processor.palette).save(folder / "palette.png")
 

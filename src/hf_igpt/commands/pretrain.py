@@ -1,5 +1,6 @@
 """`scripts/run_pretrain.py`: pretrain an Image GPT, causal or masked, on images without labels."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,7 @@ from ..generation_imagegpt import fill_in, sample
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..publishing.hub import push
 from ..reporting import plots
-from ..training import runs
+from ..training import resuming, runs
 from ..training.arguments import ModelArguments, PretrainingArguments
 from ..training.callbacks import Milestones, SamplePictures
 from ..training.runs import log_main
@@ -33,6 +34,7 @@ from .folders import check_model_exists
 BASELINE_TOKENS = 20_000_000  # the most training tokens that counting models are fitted to
 
 
+@resuming.releasing_folder
 def pretrain(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> list[Record]:
     """Pretrain an Image GPT, causal or masked, and write it to `args.output_dir`; return the records of its results.
 
@@ -40,7 +42,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     `samples/` with a picture for each evaluation, `palette.png`, `training.png`, and `records.json`, which is written last.
     An unfinished run in `output_dir` is resumed. Invalid arguments are a ValueError before training starts.
     """
-    if model_args.model_name_or_path:
+    if model_args.model_name_or_path and not model_args.config_overrides:  # which are for new models: refused below
         check_model_exists(model_args.model_name_or_path)
     checkpoint = runs.begin(args)
     folder = Path(args.output_dir)
@@ -57,15 +59,15 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     processor = images.processor
     model = runs.build_model(model_args, args, processor)
     if checkpoint:
-        runs.check_same_run(checkpoint, model.config, runs.collect_identity(model_args, images, args))
+        resuming.check_same_run(checkpoint, model.config, resuming.collect_identity(model_args, images, args))
     masked = model.config.objective == "masked"
     held_out = images.rows("validation", masked)
     train = images.training_rows(masked)
     n_images = None if images.is_stream else len(train)
     args.resolve(args.size, model.config.objective, processor.token_grid()[0], n_images)
     if checkpoint:
-        runs.check_same_arguments(checkpoint, args)
-    runs.write_run(args, model_args, images, model, n_images)
+        resuming.check_same_arguments(checkpoint, args, images.is_stream)
+    runs.write_run(args, model_args, images, model, n_images, checkpoint)
     reference = measure_counting_baselines(images, masked) if args.should_log else {}
     if args.should_save:
         plots.palette_picture(processor.palette).save(folder / "palette.png")
@@ -113,7 +115,8 @@ def measure_counting_baselines(images: TrainingImages, masked: bool) -> dict[str
     masked: only the models that do not see a pixel's neighbours, which are those comparable with a masked model.
     """
     if not images.has_training_tokens:
-        return {}
+        log_main("Counting models are not fitted: the training images have no tokens that stay the same.")
+        return {UNIFORM: math.log(len(images.processor.palette))}
     processor = images.processor
     counted = [subsample_rows(images.tokens(split), BASELINE_TOKENS) for split in ("train", "validation")]
     width, n_colors = processor.token_grid()[1], len(processor.palette)

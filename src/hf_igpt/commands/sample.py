@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import data
+from ..configuration_imagegpt import ImageGPTConfig
 from ..evaluation.held_out import select_held_out
 from ..evaluation.records import whole_file
 from ..generation_imagegpt import complete, sample
@@ -24,6 +25,11 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
     check_model_exists(args.model_name_or_path)
     folder = folder_beside(args.model_name_or_path, args.output_dir)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
+    if ImageGPTConfig.from_pretrained(args.model_name_or_path).objective != "causal":
+        raise ValueError(
+            f"{args.model_name_or_path} is a masked model, which draws hidden pixels given the others and no whole images: draw "
+            "with a causal one, or call `hf_igpt.generation_imagegpt.fill_in`."
+        )
     remedy = "Draw with the model it was made from."
     model = load_trained(ImageGPTForCausalImageModeling, args.model_name_or_path, remedy, dtype=dtype)
     processor = data.processor_of(args.model_name_or_path, model.config)

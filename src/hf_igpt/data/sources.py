@@ -208,7 +208,9 @@ def _load_files(place: str, options: dict[str, Any]) -> Splits:
             raise ValueError("the folder holds no image files.")
         folders = _find_split_folders(path)
         files = {split: str(folder / "**") for split, folder in folders.items()} or {"train": str(path / "**")}
-        if folders:  # the classes are the folders within; images directly in a split's folder would be of a class "train"
+        if (
+            folders
+        ):  # the classes are the folders within; images directly in a split's folder would be of a class "train"
             direct = {folder.name for folder in folders.values()}
             options = options | {"drop_labels": any(file.parent.name in direct for file in find_image_files(path))}
         splits = datasets.load_dataset("imagefolder", data_files=files, **options)

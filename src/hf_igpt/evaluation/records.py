@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -149,41 +150,62 @@ def read_records(path: str | Path) -> list[Record]:
     """The records in `path`, also those of the first format; a file that holds anything else is a ValueError."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [Record(**(_upgrade(row) if "settings" in row else row)) for row in rows]
+        return [Record(**(_upgrade(row) if "model" in row else row)) for row in rows]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold records: {error}") from error
 
 
-def _upgrade(row: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a record of the first format, in which most facts stood in sentences: `model`, `data`, `settings`.
+_OLD_BASELINES = {"position_unigram": "position unigram", "left": "left bigram", "left_up": "left-and-up trigram"}
 
-    Its tables say less: only what readers of a finished run ask for is taken over.
-    """
-    known = {field.name: field for field in fields(Record)}
-    settings = {key.replace(" ", "_"): value for key, value in row["settings"].items()}
+
+def _upgrade(row: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a record of the first format, in which facts stood in the sentences `model` and `data`, or in `settings`."""
+    known = {field.name for field in fields(Record)} - {"baseline", "details", "task"}
+    settings = {key.replace(" ", "_"): value for key, value in row.get("settings", {}).items()}
+    model, words = row["model"], row["data"].split(", ")
+    of = settings.pop("of", None)
     if "layer" in settings:
         settings["layers"] = (settings.pop("layer"),)
     if settings.get("masks") == 0:
         del settings["masks"]
-    if "started_from" in settings:
+    for word in words[1:]:
+        if size := re.fullmatch(r"(\d+)x(\d+)", word):
+            settings["image_size"] = int(size[1]), int(size[2])
+        elif counted := re.fullmatch(r"(\d+) (colours|classes)", word):
+            settings["colors" if counted[2] == "colours" else "classes"] = int(counted[1])
+    if row["metric"] in ("rmse_grey_levels", "psnr_db"):
+        task = "palette"
+        palette, _, source = model.partition(" from ")
+        settings |= {"colors": int(re.sub(r"\D", "", palette) or 0), "checkpoint": source or None}
+    elif row["metric"] in ("seconds", "peak_memory"):
+        task = "speed"
+        system, _, variant = model.partition(" ")
+        settings |= {"system": system, "variant": variant or None}
+    elif "started_from" in settings or model.startswith("always "):
         task = "fine-tuning"
     elif "set" in settings:
         task = "scoring"
     elif "probe" in settings:
         task = "nearest neighbours" if "neighbours" in settings["probe"] else "linear probe"
     else:
-        task = {"rmse_grey_levels": "palette", "psnr_db": "palette", "seconds": "speed", "peak_memory": "speed"}.get(
-            row["metric"], "generation"
-        )
-    upgraded = {key: row[key] for key in row if key in known and key != "baseline"}
+        task = "generation"
+        for name, pattern in (("parameters", r"([\d,]+) parameters"), ("images_seen", r"([\d,]+) images seen")):
+            if found := re.search(pattern, model):
+                settings.setdefault(name, int(found[1].replace(",", "")))
+        if found := re.match(r"Image GPT (masked )?(\w+),", model):
+            settings.setdefault("objective", "masked" if found[1] else "causal")
+            if found[2] in SIZES:
+                settings.setdefault("size", found[2])
+    baseline = None
+    if row.get("baseline"):
+        name = model.removesuffix(" counts")
+        baseline = of or _OLD_BASELINES.get(name, name)
+    if settings.pop("fine-tuned", False):
+        settings["started_from"] = "pretrained"
+    upgraded = {key: row[key] for key in row if key in known}
     upgraded |= {key: value for key, value in settings.items() if key in known}
-    left = {key: value for key, value in settings.items() if key not in known}
-    return upgraded | {
-        "task": task,
-        "dataset": row["data"].split(", ")[0],
-        "baseline": settings.get("of", row["model"].removesuffix(" counts")) if row["baseline"] else None,
-        "details": left | {"model": row["model"], "data": row["data"]},
-    }
+    details = {key: value for key, value in settings.items() if key not in known}
+    return upgraded | {"task": task, "dataset": words[0], "baseline": baseline, "details": details}
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
@@ -192,7 +214,10 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     places = {"checkpoint-": folder.parent, "step-": folder.parent.parent}
     of_run = [place for prefix, place in places.items() if folder.name.startswith(prefix)]
     file = next((place / RUN for place in (folder, *of_run) if (place / RUN).is_file()), None)
-    return json.loads(file.read_text()) if file else {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file else {}
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}. Give another folder, or bring the file back.") from error
 
 
 # -- fields ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from ..evaluation.records import (
     Record,
     describe_images,
     describe_model,
+    escape_markdown,
     markdown_table,
     record_published,
 )
@@ -71,7 +72,8 @@ def render_card(
             make_eval_result(record, task) for record in records if record.metric in METRICS and record.baseline is None
         ],
     )
-    facts = {key: value for key, value in ({**recipe, **describe_openai_recipe(openai)}).items() if value is not None}
+    facts = {**recipe, **describe_openai_recipe(openai)}
+    facts = {key: escape_markdown(str(value)) for key, value in facts.items() if value is not None}
     facts["shape"] = f"{config.n_layer} blocks of width {config.n_embd}, {config.n_head} heads"
     return ModelCard.from_template(
         metadata,
@@ -91,7 +93,7 @@ def render_card(
         height=grid[0],
         width=grid[1],
         n_colors=config.vocab_size - 1,
-        data=describe_data(recipe, openai),
+        data=escape_markdown(describe_data(recipe, openai)),
         facts=facts,
         counts=any(record.baseline == UNIFORM for record in records),
         table=markdown_table(records) if records else "",

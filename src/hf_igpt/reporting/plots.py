@@ -37,8 +37,9 @@ def find_pictures(folder: str | Path, objective: str) -> dict[str, Path]:
     """
     found = {name: Path(folder) / name for name in CAPTIONS if (Path(folder) / name).is_file()}
     drawn = sorted(Path(folder, "samples").glob("step-*.png"))
-    if drawn and "samples.png" not in found:
-        found["masked.png" if objective == "masked" else "samples.png"] = drawn[-1]
+    name = "masked.png" if objective == "masked" else "samples.png"
+    if drawn and name not in found:
+        found[name] = drawn[-1]
     return {name: found[name] for name in CAPTIONS if name in found}
 
 

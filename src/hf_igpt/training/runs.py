@@ -6,18 +6,16 @@ the run resumes), `train_val_split`, and `arguments` (the resolved arguments of 
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import torch
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerState, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
@@ -25,7 +23,7 @@ from transformers.trainer_utils import has_length
 
 from ..configuration_imagegpt import ImageGPTConfig
 from ..data import ImageTokens, TrainingImages
-from ..evaluation.records import RECORDS, RUN, UNITS, Record, fields_of_model, find_size, read_run, whole_file
+from ..evaluation.records import RECORDS, RUN, UNITS, Record, fields_of_model, find_size, whole_file
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import (
     ImageGPTForCausalImageModeling,
@@ -35,6 +33,14 @@ from ..modeling_imagegpt import (
 )
 from .arguments import FinetuningArguments, ModelArguments, RecipeArguments
 from .callbacks import Clock, ImageProgress, PushCheckpoints
+from .resuming import (
+    arguments_of,
+    collect_identity,
+    find_checkpoint,
+    is_finished,
+    load_finished,
+    own_folder,
+)
 from .trainer import ImageGPTTrainer
 
 
@@ -50,17 +56,6 @@ def log_main(text: str) -> None:
         tqdm.write(text)
 
 
-LOCK = ".lock"  # in a run's folder, held by the run that writes to it
-# Arguments that may change when a run is resumed: none of them changes what is trained, or they are compared otherwise.
-FREE = (
-    *("output_dir", "resume_from_checkpoint", "run_name", "report_to", "disable_tqdm", "num_samples", "milestones"),
-    *("use_cpu", "tf32", "debug", "project", "eval_on_start", "gradient_accumulation_steps", "gradient_checkpointing"),
-    *("log_", "logging_", "eval_", "save_", "hub_", "push_to_hub", "per_device_", "dataloader_num_workers", "do_"),
-    *("dataloader_p", "torch_compile", "torch_empty_cache_steps", "include_", "trackio_", "use_liger_kernel"),
-    *("ddp_", "fsdp", "deepspeed", "accelerator_config", "parallelism_config", "local_rank", "skip_memory_metrics"),
-    *("full_determinism", "use_cache", "num_masks", "restore_callback", "enable_jit_checkpoint", "gradient_checkp"),
-)
-LENGTH = ("max_steps", "num_train_epochs", "max_minutes", "warmup_")
 # -- begin and resume --------------------------------------------------------------------------------------------------
 
 
@@ -83,133 +78,26 @@ def begin(args: RecipeArguments) -> str | None:
     return checkpoint
 
 
-def find_checkpoint(args: RecipeArguments) -> str | None:
-    """Find the checkpoint to resume from, if any. A folder with other contents than an unfinished run is a ValueError."""
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file.")
-    names = {entry.name for entry in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
-    if RECORDS in names:
-        raise ValueError(f"{folder} holds a finished run: give another --output_dir, or delete it.")
-    if names and RUN not in names:
-        raise ValueError(
-            f"{folder} holds other files ({', '.join(sorted(names)[:5])}), and no {RUN} of an unfinished run: give an empty or "
-            "a new --output_dir."
-        )
-    if RUN in names:
-        read_identity(folder)
-        if args.should_save:
-            own_folder(folder)
-    complete = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    last = str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
-    if args.resume_from_checkpoint in (None, False, True, "False", "false", "True", "true"):
-        if str(args.resume_from_checkpoint).lower() == "true" and last is None:
-            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}.")
-        return last
-    if not Path(args.resume_from_checkpoint).is_dir():
-        raise ValueError(f"There is no checkpoint at {args.resume_from_checkpoint}.")
-    return args.resume_from_checkpoint
-
-
-def read_identity(folder: Path) -> dict[str, Any]:
-    """Read the identity of the run in `folder`. If there is no run, or none that can be continued: ValueError."""
-    if not (folder / RUN).is_file():
-        raise ValueError(
-            f"There is no {folder / RUN}, which records how the checkpoints were trained: give another --output_dir."
-        )
-    identity = read_run(folder).get("identity")
-    if identity is None:
-        raise ValueError(f"{folder} holds a model whose run cannot be continued: give another --output_dir.")
-    if not isinstance(identity, dict):
-        raise ValueError(
-            f"The run in {folder} was started by an older version of hf_igpt, which did not record its arguments, and cannot "
-            "be resumed: finish it with that version, or give another --output_dir."
-        )
-    return identity
-
-
-def collect_identity(model_args: ModelArguments, images: TrainingImages, args: RecipeArguments) -> dict[str, Any]:
-    """Return the arguments that must not change when a run resumes: images, splits, palette, initial weights, seed."""
-    values = model_args.identity() | images.identity() | {"seed": args.seed}
-    return json.loads(json.dumps(values, default=str, sort_keys=True))  # in the form in which it is read from a file
-
-
-def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict[str, Any]) -> None:
-    """Raise ValueError if a checkpoint has another model, seed, data or palette: held-out images must stay held out."""
-    was = read_identity(Path(checkpoint).parent)
-    if was.get("images") != identity["images"]:
-        raise ValueError(
-            f"The images are not those that {checkpoint} was trained on: files were added, removed or replaced, so that images "
-            "held out now may have been trained on. Bring them back, or give another --output_dir."
-        )
-    for name, value in identity.items():
-        if was.get(name) != value:
-            raise ValueError(
-                f"{checkpoint} was trained with --{name} {was.get(name)}, not {value}: give that value, or another --output_dir."
-            )
-    then, now = ImageGPTConfig.from_pretrained(checkpoint).to_diff_dict(), config.to_diff_dict()
-    for name in sorted((then.keys() | now.keys()) - {"architectures", "dtype", "transformers_version"}):
-        if then.get(name) != now.get(name):
-            raise ValueError(
-                f"{checkpoint} has {name} = {then.get(name)}, this run {now.get(name)}: give another --output_dir."
-            )
-
-
-def check_same_arguments(checkpoint: str, args: RecipeArguments) -> None:
-    """ValueError if resolved arguments are others than those a checkpoint was trained with, but for those in `FREE`.
-
-    A run in another folder, which has a `run.json` of its own, may also be longer or shorter.
-    """
-    free = FREE if Path(checkpoint).resolve().parent == Path(args.output_dir).resolve() else FREE + LENGTH
-    was = read_run(Path(checkpoint).parent).get("arguments", {})
-    now = json.loads(json.dumps(arguments_of(args), default=str))
-    changed = [
-        f"--{name} {was[name]}, not {value}"
-        for name, value in now.items()
-        if name in was and was[name] != value and not name.startswith(free)
-    ]
-    if changed:
-        raise ValueError(
-            f"{checkpoint} was trained with {'; '.join(changed)}: repeat that, or give another --output_dir."
-        )
-
-
-def arguments_of(args: RecipeArguments) -> dict[str, Any]:
-    """The resolved arguments, without secrets, and what a step is made of however it is shared out."""
-    resolved = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
-    resolved = {name: value for name, value in resolved.items() if not name.endswith("_token")}
-    return resolved | {"images_per_step": args.images_per_step()}
-
-
-def own_folder(folder: Path) -> FileLock:
-    """The lock of a run's folder, held until this process ends or releases it. ValueError: another process holds it."""
-    lock = FileLock(folder / LOCK, is_singleton=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"Another run is writing to {folder}: wait for it, stop it, or give another --output_dir."
-        ) from None
-    OWNED[folder.resolve()] = lock  # a lock that nothing refers to is released
-    return lock
-
-
-OWNED: dict[Path, FileLock] = {}  # the folders of this process's runs
-
-
 def write_run(
     args: RecipeArguments,
     model_args: ModelArguments,
     images: TrainingImages,
     model: ImageGPTPreTrainedModel,
     n_images: int | None,
+    checkpoint: str | None,
 ) -> None:
-    """Write `run.json` and the image processor, once all arguments have been checked. n_images: None for a stream."""
+    """Write `run.json` and the image processor, once all arguments have been checked. n_images: None for a stream.
+
+    A folder that another run holds, or has begun meanwhile, is a ValueError.
+    """
     if not args.should_save:
         return
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    own_folder(folder)
+    own_folder(folder, args)
+    begun = list(folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"))
+    if (folder / RECORDS).exists() or (checkpoint is None and begun):
+        raise ValueError(f"Another run has written to {folder} meanwhile: give another --output_dir.")
     run = {
         "identity": collect_identity(model_args, images, args),
         "train_val_split": images.identity()["train_val_split"],
@@ -440,7 +328,12 @@ def log_plan(trainer: ImageGPTTrainer, images: TrainingImages, held_out: str) ->
 
 def train(trainer: ImageGPTTrainer, checkpoint: str | None) -> None:
     """Train, and save the model and the log. `finish` pushes them, because a push needs the records."""
-    if checkpoint and is_finished(checkpoint, trainer):
+    ended = checkpoint is not None and is_finished(checkpoint, trainer)
+    if ended and trainer.is_sharded:
+        log_main(f"Training had ended with {checkpoint}. Its shards are loaded by training alone, for one more step.")
+        trainer.train(resume_from_checkpoint=checkpoint)
+    elif ended and checkpoint is not None:
+        log_main(f"Training had ended with {checkpoint}: what is left is to measure.")
         load_finished(trainer, checkpoint)
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -451,44 +344,11 @@ def train(trainer: ImageGPTTrainer, checkpoint: str | None) -> None:
     trainer.save_state()
 
 
-def is_finished(checkpoint: str, trainer: ImageGPTTrainer) -> bool:
-    """Whether nothing is left but to measure: the steps are done, or this run had ended early or by the clock."""
-    args: Any = trainer.args
-    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    total = args.max_steps
-    if total <= 0:
-        total = math.ceil(args.num_train_epochs * args.steps_per_epoch(len(trainer.train_dataset)))
-    control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
-    is_this_run = Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
-    return state.global_step >= total or (is_this_run and control.get("should_training_stop", False))
-
-
-def load_finished(trainer: ImageGPTTrainer, checkpoint: str) -> None:
-    """Bring the trainer to where it was when training ended: the state of the last checkpoint, the weights of the best."""
-    if trainer.saves_shards:
-        raise ValueError(
-            f"Training had ended with {checkpoint}, whose weights are in shards of {trainer.accelerator.num_processes} processes, and "
-            "was killed before the model was written: continue from an earlier checkpoint with --resume_from_checkpoint."
-        )
-    log_main(f"Training had ended with {checkpoint}: what is left is to measure.")
-    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    source = Path(checkpoint).parent / Path(best).name if best else Path(checkpoint)
-    weights = type(trainer.model).from_pretrained(source).state_dict()
-    trainer.model.load_state_dict(weights)
-    if trainer.clock:
-        trainer.clock.on_train_begin(trainer.args, trainer.state, trainer.control)
-
-
 def finish(trainer: ImageGPTTrainer) -> None:
-    """Publish the run with --push_to_hub, make all processes wait until the main one has written its files, release the folder."""
+    """Publish the run with --push_to_hub, make all processes wait until the main one has written its files."""
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
-    folder = Path(str(trainer.args.output_dir))
-    if lock := OWNED.pop(folder.resolve(), None):
-        lock.release(force=True)
-        (folder / LOCK).unlink(missing_ok=True)
 
 
 def record_training(trainer: ImageGPTTrainer, step: int, *, metric: str, value: float, **about: Any) -> Record:

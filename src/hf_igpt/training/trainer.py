@@ -128,12 +128,15 @@ class ImageGPTTrainer(Trainer):
         """As `Trainer`'s; a loss that is not finite ends the run with a `NotFinite` error and the images it came from."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not loss.isfinite():
-            folder = Path(str(self.args.output_dir)) / f"not-finite-{self.args.process_index}"
-            folder.mkdir(parents=True, exist_ok=True)
-            tokens = inputs[TOKENS if self.classifies else "labels"]
-            for index, image in enumerate(self.processing_class.decode(tokens)):
-                image.save(folder / f"{index}.png")
-            self.stop_diverged(f"The loss is {loss.item()}; the images it came from are in {folder}")
+            what = f"The loss is {loss.item()}"
+            if self.processing_class is not None:
+                folder = Path(str(self.args.output_dir)) / f"not-finite-{self.args.process_index}"
+                folder.mkdir(parents=True, exist_ok=True)
+                tokens = inputs[TOKENS if self.classifies else "labels"]
+                for index, image in enumerate(self.processing_class.decode(tokens)):
+                    image.save(folder / f"{index}.png")
+                what += f"; the images it came from are in {folder}"
+            self.stop_diverged(what)
         return loss
 
     def stop_diverged(self, what: str) -> NoReturn:

@@ -1,0 +1,234 @@
+"""Which runs may be resumed, and where they were: checkpoints, what must be the same, who owns a folder, what has ended."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..configuration_imagegpt import ImageGPTConfig
+from ..data import TrainingImages
+from ..evaluation.records import RECORDS, RUN, read_run
+from .arguments import ModelArguments, RecipeArguments
+from .trainer import ImageGPTTrainer
+
+
+LOCK = ".lock"  # in a run's folder, held by the run that writes to it
+# Arguments that may change when a run is resumed: none of them changes what is trained, or they are compared otherwise.
+FREE = (
+    *("output_dir", "resume_from_checkpoint", "run_name", "report_to", "disable_tqdm", "num_samples", "milestones"),
+    *("use_cpu", "tf32", "debug", "project", "eval_on_start", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *(
+        "log_",
+        "logging_",
+        "eval_steps",
+        "eval_delay",
+        "save_steps",
+        "save_total_limit",
+        "hub_",
+        "push_to_hub",
+        "per_device_",
+        "dataloader_num_workers",
+        "do_",
+    ),
+    *("dataloader_p", "torch_compile", "torch_empty_cache_steps", "include_", "trackio_", "use_liger_kernel"),
+    *("ddp_", "fsdp", "deepspeed", "accelerator_config", "parallelism_config", "local_rank", "skip_memory_metrics"),
+    *("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "save_on_each_node", "world_size"),
+    *("full_determinism", "use_cache", "num_masks", "restore_callback", "enable_jit_checkpoint", "gradient_checkp"),
+)
+LENGTH = ("max_steps", "num_train_epochs", "max_minutes", "warmup_")
+# Of a stream these decide which images are read when.
+OF_STREAMS = ("dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+OWNED: dict[Path, tuple[FileLock, object]] = {}  # the folders of this process's runs, and the arguments of each
+
+
+def find_checkpoint(args: RecipeArguments) -> str | None:
+    """Find the checkpoint to resume from, if any. A folder with other contents than an unfinished run is a ValueError."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file.")
+    names = {entry.name for entry in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
+    if RECORDS in names:
+        raise ValueError(f"{folder} holds a finished run: give another --output_dir, or delete it.")
+    if names and RUN not in names:
+        raise ValueError(
+            f"{folder} holds other files ({', '.join(sorted(names)[:5])}), and no {RUN} of an unfinished run: give an empty or "
+            "a new --output_dir."
+        )
+    if RUN in names:
+        read_identity(folder)
+        if args.should_save:
+            own_folder(folder, args)
+    complete = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    last = str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+    if args.resume_from_checkpoint in (None, False, True, "False", "false", "True", "true"):
+        if str(args.resume_from_checkpoint).lower() == "true" and last is None:
+            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}.")
+        return last
+    if not Path(args.resume_from_checkpoint).is_dir():
+        raise ValueError(f"There is no checkpoint at {args.resume_from_checkpoint}.")
+    return args.resume_from_checkpoint
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Read the identity of the run in `folder`. If there is no run, or none that can be continued: ValueError."""
+    if not (folder / RUN).is_file():
+        raise ValueError(
+            f"There is no {folder / RUN}, which records how the checkpoints were trained: give another --output_dir."
+        )
+    run = read_run(folder)
+    identity = run.get("identity")
+    if identity is None:
+        raise ValueError(f"{folder} holds a model whose run cannot be continued: give another --output_dir.")
+    if not isinstance(identity, dict) or "arguments" not in run:
+        raise ValueError(
+            f"The run in {folder} was started by an older version of hf_igpt, which did not record its arguments, and cannot "
+            "be resumed: finish it with that version, or give another --output_dir."
+        )
+    return identity
+
+
+def collect_identity(model_args: ModelArguments, images: TrainingImages, args: RecipeArguments) -> dict[str, Any]:
+    """Return the arguments that must not change when a run resumes: images, splits, palette, initial weights, seed."""
+    values = model_args.identity() | images.identity() | {"seed": args.seed}
+    return json.loads(json.dumps(values, default=str, sort_keys=True))  # in the form in which it is read from a file
+
+
+def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict[str, Any]) -> None:
+    """Raise ValueError if a checkpoint has another model, seed, data or palette: held-out images must stay held out."""
+    was = read_identity(Path(checkpoint).parent)
+    for name, value in identity.items():
+        if name != "images" and was.get(name) != value:
+            raise ValueError(
+                f"{checkpoint} was trained with --{name} {was.get(name)}, not {value}: give that value, or another --output_dir."
+            )
+    if was.get("images") != identity["images"]:
+        raise ValueError(
+            f"The images are not those that {checkpoint} was trained on: files were added, removed or replaced, so that images "
+            "held out now may have been trained on. Bring them back, or give another --output_dir."
+        )
+    then, now = ImageGPTConfig.from_pretrained(checkpoint).to_diff_dict(), config.to_diff_dict()
+    for name in sorted((then.keys() | now.keys()) - {"architectures", "dtype", "transformers_version"}):
+        if then.get(name) != now.get(name):
+            raise ValueError(
+                f"{checkpoint} has {name} = {then.get(name)}, this run {now.get(name)}: give another --output_dir."
+            )
+
+
+def check_same_arguments(checkpoint: str, args: RecipeArguments, is_stream: bool) -> None:
+    """ValueError if resolved arguments are others than those a checkpoint was trained with, but for those in `FREE`.
+
+    A run in another folder, which has a `run.json` of its own, may also be longer or shorter. Of a stream, the number of
+    processes and workers, and how a step is shared out, must be the same too.
+    """
+    free = FREE if Path(checkpoint).resolve().parent == Path(args.output_dir).resolve() else FREE + LENGTH
+    was = read_run(Path(checkpoint).parent).get("arguments", {})
+    now = json.loads(json.dumps(arguments_of(args), default=str))
+    differing = {name for name, value in now.items() if name in was and was[name] != value}
+    counting = {name for name in differing if not name.startswith(free) or (is_stream and name in OF_STREAMS)}
+    if "load_best_model_at_end" in counting:  # it follows from these
+        counting |= differing & {"eval_strategy", "save_strategy"}
+    changed = [f"--{name} {was[name]}, not {now[name]}" for name in now if name in counting]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} was trained with {'; '.join(changed)}: repeat that, or give another --output_dir."
+        )
+
+
+def arguments_of(args: RecipeArguments) -> dict[str, Any]:
+    """The resolved arguments, without secrets, and what a step is made of however it is shared out."""
+    resolved = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+    resolved = {name: value for name, value in resolved.items() if not name.endswith("_token")}
+    return resolved | {"images_per_step": args.images_per_step(), "world_size": args.world_size}
+
+
+def own_folder(folder: Path, owner: object) -> None:
+    """Lock a run's folder until `release_folder`, or until this process ends. ValueError: another run holds it.
+
+    owner: the run's arguments; the same run may call this again.
+    """
+    lock = FileLock(folder / LOCK, is_singleton=True)
+    held = OWNED.get(folder.resolve())
+    try:
+        if held is None:
+            lock.acquire(timeout=0)
+    except Timeout:
+        held = lock, None
+    if held is not None and held[1] is not owner:
+        raise ValueError(f"Another run is writing to {folder}: wait for it, stop it, or give another --output_dir.")
+    OWNED[folder.resolve()] = lock, owner  # a lock that nothing refers to is released
+
+
+def release_folder(folder: Path, owner: object) -> None:
+    """Let others write to a folder, if `owner` holds it."""
+    lock, holder = OWNED.get(folder.resolve(), (None, None))
+    if lock is not None and holder is owner:
+        del OWNED[folder.resolve()]
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release(force=True)
+
+
+def releasing_folder(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a run, whose last argument is its arguments: its folder is released however it ends."""
+
+    @wraps(run)
+    def releasing(*args: Any) -> Any:
+        try:
+            return run(*args)
+        finally:
+            release_folder(Path(args[-1].output_dir), args[-1])
+
+    return releasing
+
+
+def is_finished(checkpoint: str, trainer: ImageGPTTrainer) -> bool:
+    """Whether nothing is left but to measure: the steps are done, or this run had ended early or by the clock.
+
+    A checkpoint that is past the end of another run, or that cannot be continued exactly, is a ValueError.
+    """
+    args: Any = trainer.args
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    total = args.max_steps
+    if total <= 0:
+        total = math.ceil(args.num_train_epochs * args.steps_per_epoch(len(trainer.train_dataset)))
+    control = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+    is_this_run = Path(checkpoint).resolve().parent == Path(args.output_dir).resolve()
+    if state.global_step > total and not is_this_run:
+        raise ValueError(
+            f"{checkpoint} has been trained for {state.global_step} steps, more than the {total} of this run: give more "
+            "--max_steps or --num_train_epochs, or an earlier checkpoint."
+        )
+    if state.global_step >= total or (is_this_run and control.get("should_training_stop", False)):
+        return True
+    for part in ("optimizer*", "scheduler.pt"):
+        if not list(Path(checkpoint).glob(part)):
+            raise ValueError(
+                f"{checkpoint} has no {part.strip('*').removesuffix('.pt')} state (--save_only_model?): it cannot be continued "
+                "exactly. Begin another run from its weights with --model_name_or_path."
+            )
+    return False
+
+
+def load_finished(trainer: ImageGPTTrainer, checkpoint: str) -> None:
+    """Bring the trainer to where it was when training ended: the state of the last checkpoint, the weights of the best."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    places = [Path(best), Path(checkpoint).parent / Path(best).name] if best else [Path(checkpoint)]
+    source = next((place for place in places if place.is_dir()), None)
+    if source is None:
+        raise ValueError(
+            f"The best checkpoint, {best}, is not there: bring it back, or give --no_load_best_model_at_end to keep the last one."
+        )
+    trainer.state = state
+    state.is_world_process_zero = trainer.is_world_process_zero()
+    state.is_local_process_zero = trainer.is_local_process_zero()
+    weights = type(trainer.model).from_pretrained(source).state_dict()
+    trainer.model.load_state_dict(weights)
+    if trainer.clock:
+        trainer.clock.on_train_begin(trainer.args, trainer.state, trainer.control)
