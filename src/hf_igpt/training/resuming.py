@@ -29,6 +29,8 @@ FREE = (
         "logging_",
         "eval_steps",
         "eval_delay",
+        "eval_strategy",
+        "save_strategy",
         "save_steps",
         "save_total_limit",
         "hub_",
