@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .configuration_imagegpt import ImageGPTConfig
 from .image_processing_imagegpt import AnyImageProcessor
-from .inputs_imagegpt import check_tokens, shift_right
+from .inputs_imagegpt import as_tokens, check_tokens, shift_right
 from .modeling_imagegpt import ImageGPTPreTrainedModel
 from .presets import MASK_PROBABILITY
 
@@ -213,8 +213,7 @@ def feature_batches(
                         f"number {start} on; found tokens of shape {rows.shape}."
                     )
                 mask = None if rng is None else torch.from_numpy(rng.random(rows.shape) < MASK_PROBABILITY).to(device)
-                tokens = torch.from_numpy(rows).to(device)
-                tokens = tokens if tokens.is_floating_point() else tokens.long()
+                tokens = as_tokens(rows).to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     features = features_of_tokens(model, tokens, layers, bool_masked_pos=mask)
                 yield {layer: feature.cpu() for layer, feature in features.items()}

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from .cache_imagegpt import drawing_cache
 from .features_imagegpt import evaluation_mode
 from .image_processing_imagegpt import AnyImageProcessor
-from .inputs_imagegpt import check_tokens
+from .inputs_imagegpt import as_tokens, check_tokens
 from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
 from .pixels_imagegpt import AnyImage
 
@@ -79,8 +79,7 @@ def complete(
     processor.check_fits(model.config)
     if tokens is None:
         tokens = processor(images, return_tensors="pt")["input_ids"]  # type: ignore[arg-type]  # takes paths too
-    tokens = torch.as_tensor(tokens).cpu()
-    tokens = tokens if tokens.is_floating_point() else tokens.long()
+    tokens = as_tokens(tokens).cpu()
     if len(tokens) == 0 or tokens.ndim != 2 or tokens.shape[1] != height * width:
         raise ValueError(f"Tokens of images have shape (n, {height * width}), n >= 1; found {tuple(tokens.shape)}.")
     check_tokens(tokens, model.config.vocab_size - 1, "tokens", model.config)

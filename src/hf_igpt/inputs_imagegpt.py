@@ -1,5 +1,8 @@
 """The model's inputs: tokens, which are checked before any work is done, and the one shift between inputs and targets."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 from transformers.utils import is_tracing
@@ -15,6 +18,12 @@ def has_values(tensor: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():  # first, because compilers cannot follow the rest
         return False
     return not (is_tracing(tensor) or tensor.is_meta or torch.func.debug_unwrap(tensor) is not tensor)
+
+
+def as_tokens(tokens: Any) -> torch.Tensor:
+    """Turn a tensor, an array or a column of rows into int64; floats stay as they are, for `check_tokens` to refuse."""
+    tensor = tokens if torch.is_tensor(tokens) else torch.from_numpy(np.asarray(tokens))
+    return tensor if tensor.is_floating_point() else tensor.long()
 
 
 def check_tokens(tokens: torch.Tensor, limit: int, name: str, config: ImageGPTConfig, ignore: bool = False) -> None:

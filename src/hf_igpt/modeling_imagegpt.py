@@ -772,6 +772,11 @@ def _cross_entropy(
     return loss if num_items_in_batch is None else _divide(loss, num_items_in_batch)
 
 
+GENERATIVE_MODELS: dict[str, type[ImageGPTForCausalImageModeling] | type[ImageGPTForMaskedImageModeling]] = {
+    "causal": ImageGPTForCausalImageModeling,
+    "masked": ImageGPTForMaskedImageModeling,
+}
+
 __all__ = [
     "ImageGPTForCausalImageModeling",
     "ImageGPTForImageClassification",

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..configuration_imagegpt import ImageGPTConfig
 from ..features_imagegpt import evaluation_mode
-from ..inputs_imagegpt import check_tokens
+from ..inputs_imagegpt import as_tokens, check_tokens
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling, masked_nats, pixel_nats
 
 
@@ -76,8 +76,7 @@ def measure_surprise(
     check_causal(config)
     if batch_size < 1:
         raise ValueError(f"batch_size is at least 1; found {batch_size}.")
-    tokens = tokens if torch.is_tensor(tokens) else torch.from_numpy(np.asarray(tokens))
-    tokens = tokens if tokens.is_floating_point() else tokens.long()
+    tokens = as_tokens(tokens)
     if tokens.ndim != 2 or len(tokens) == 0 or tokens.shape[1] != config.n_positions:
         raise ValueError(f"Tokens of images have shape (n, {config.n_positions}), n >= 1; found {tuple(tokens.shape)}.")
     check_tokens(tokens, config.vocab_size - 1, "tokens", config)

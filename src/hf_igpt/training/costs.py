@@ -22,11 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..configuration_imagegpt import ImageGPTConfig
 from ..layers_imagegpt import ImageGPTLayerNorm
-from ..modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
+from ..modeling_imagegpt import GENERATIVE_MODELS
 
 
 GIB = 2**30
-MODELS = {"causal": ImageGPTForCausalImageModeling, "masked": ImageGPTForMaskedImageModeling}
 
 
 # -- FLOPs -------------------------------------------------------------------------------------------------------------
@@ -134,7 +133,7 @@ def measure_weights(config_json: str) -> tuple[int, int, int]:
     """Bytes in float32 of all parameters, all buffers, and one block's parameters."""
     config = ImageGPTConfig(**json.loads(config_json))
     with torch.device("meta"):
-        model: Any = MODELS[config.objective](config)
+        model: Any = GENERATIVE_MODELS[config.objective](config)
     first = model.transformer.h[0]
 
     def size(tensors: Iterable[torch.Tensor]) -> int:
@@ -171,7 +170,7 @@ def trace_step(config_json: str, micro_batch: int, checkpointing: bool, precisio
     config = ImageGPTConfig(**json.loads(config_json))
     with FakeTensorMode():
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        model: Any = MODELS[config.objective]._from_config(config, dtype=dtype).train()
+        model: Any = GENERATIVE_MODELS[config.objective]._from_config(config, dtype=dtype).train()
         if checkpointing:
             with warnings.catch_warnings():  # it has another name from transformers 5.23 on
                 warnings.simplefilter("ignore", FutureWarning)

@@ -26,9 +26,8 @@ from ..data import ImageTokens, TrainingImages
 from ..evaluation.records import RECORDS, RUN, UNITS, Record, fields_of_model, find_size, whole_file
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import (
-    ImageGPTForCausalImageModeling,
+    GENERATIVE_MODELS,
     ImageGPTForImageClassification,
-    ImageGPTForMaskedImageModeling,
     ImageGPTPreTrainedModel,
 )
 from .arguments import FinetuningArguments, ModelArguments, RecipeArguments
@@ -42,12 +41,6 @@ from .resuming import (
     own_folder,
 )
 from .trainer import ImageGPTTrainer
-
-
-MODELS: dict[str, type[ImageGPTPreTrainedModel]] = {
-    "causal": ImageGPTForCausalImageModeling,
-    "masked": ImageGPTForMaskedImageModeling,
-}
 
 
 def log_main(text: str) -> None:
@@ -188,9 +181,9 @@ def build_model(
     config = load_config(model_args, args.objective)
     if config is None:
         config = new_config(model_args, args, processor)
-        model = MODELS[config.objective]._from_config(config, **model_args.attention())
+        model = GENERATIVE_MODELS[config.objective]._from_config(config, **model_args.attention())
     else:
-        model = MODELS[config.objective].from_pretrained(
+        model = GENERATIVE_MODELS[config.objective].from_pretrained(
             model_args.model_name_or_path, **model_args.hub_source(), **model_args.attention()
         )
     processor.check_fits(model.config)
