@@ -143,7 +143,7 @@ def test_damaged_files_are_named(tmp_path):
 
 def test_unknown_and_missing_variables_are_named():
     variables = read_openai(AR)
-    with pytest.raises(ValueError, match="has not: h0/attn/rotary"):
+    with pytest.raises(ValueError, match="does not have: h0/attn/rotary"):
         from_openai(variables | {"h0/attn/rotary": np.zeros(3)})
     with pytest.raises(ValueError, match="no blocks"):
         from_openai({name: value for name, value in variables.items() if not name.startswith("h")})
