@@ -23,7 +23,7 @@ from ..publishing.hub import push
 from ..reporting import plots
 from ..training import resuming, runs
 from ..training.arguments import FinetuningArguments, ModelArguments
-from ..training.runs import log_main
+from ..training.callbacks import log_main
 from ..training.trainer import ImageGPTTrainer
 from .folders import check_model_exists
 

@@ -26,8 +26,7 @@ from ..publishing.hub import push
 from ..reporting import plots
 from ..training import resuming, runs
 from ..training.arguments import ModelArguments, PretrainingArguments
-from ..training.callbacks import Milestones, SamplePictures
-from ..training.runs import log_main
+from ..training.callbacks import Milestones, SamplePictures, log_main
 from .folders import check_model_exists
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,6 +17,12 @@ from transformers.trainer_utils import has_length
 
 from ..data import ImageTokens
 from ..evaluation.metrics import BITS_PER_NAT
+
+
+def log_main(text: str) -> None:
+    """Print a line in the main process only, without breaking a progress bar."""
+    if PartialState().is_main_process:
+        tqdm.write(text)
 
 
 class DrawAnew(TrainerCallback):
@@ -63,6 +70,7 @@ class Clock(TrainerCallback):
             elapsed = torch.tensor(self.elapsed, device=self.device)
             torch.distributed.broadcast(elapsed, src=0)
             self.elapsed = elapsed.item()
+        control.should_log |= control.should_save  # a checkpoint has the minutes of the last log entry
         if self.elapsed >= self.limit:
             control.should_evaluate = args.eval_strategy != "no"
             control.should_save = args.save_strategy != "no"

@@ -16,9 +16,12 @@ from ..configuration_imagegpt import ImageGPTConfig
 from ..data import TrainingImages
 from ..evaluation.records import RECORDS, RUN, read_run
 from .arguments import ModelArguments, RecipeArguments
+from .callbacks import log_main
+from .checkpoints import find_damage, is_sealed, list_checkpoints
 from .trainer import ImageGPTTrainer
 
 
+FOREIGN = (".log", ".out", ".partial")  # ends of names of files that others leave in a run's folder
 LOCK = ".lock"  # in a run's folder, held by the run that writes to it
 # Arguments that may change when a run is resumed: none of them changes what is trained, or they are compared otherwise.
 FREE = (
@@ -55,9 +58,10 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file.")
-    names = {entry.name for entry in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if RECORDS in names:
         raise ValueError(f"{folder} holds a finished run: give another --output_dir, or delete it.")
+    names = {name for name in names if not name.startswith(".") and not name.endswith(FOREIGN)}
     if names and RUN not in names:
         raise ValueError(
             f"{folder} holds other files ({', '.join(sorted(names)[:5])}), and no {RUN} of an unfinished run: give an empty or "
@@ -67,15 +71,43 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
         read_identity(folder)
         if args.should_save:
             own_folder(folder, args)
-    complete = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
-    last = str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
-    if args.resume_from_checkpoint in (None, False, True, "False", "false", "True", "true"):
-        if str(args.resume_from_checkpoint).lower() == "true" and last is None:
-            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}.")
-        return last
-    if not Path(args.resume_from_checkpoint).is_dir():
-        raise ValueError(f"There is no checkpoint at {args.resume_from_checkpoint}.")
-    return args.resume_from_checkpoint
+    if args.resume_from_checkpoint not in (None, False, True, "False", "false", "True", "true"):
+        checkpoint = Path(args.resume_from_checkpoint)
+        if not checkpoint.is_dir():
+            raise ValueError(f"There is no checkpoint at {checkpoint}.")
+        damage = find_damage(checkpoint)
+        if damage is not None:
+            raise ValueError(f"{damage}: give another --resume_from_checkpoint.")
+        return str(checkpoint)
+    last = find_last(folder, args.load_best_model_at_end)
+    if str(args.resume_from_checkpoint).lower() == "true" and last is None:
+        raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}.")
+    return last
+
+
+def find_last(folder: Path, with_best: bool) -> str | None:
+    """Find the last checkpoint of a run that is whole; None if none was ever written to its end.
+
+    with_best: the best checkpoint that it refers to must be whole too. Those that are not whole are passed over, and named.
+    All of them damaged is a ValueError.
+    """
+    damages = []
+    for checkpoint in list_checkpoints(folder):
+        damage = find_damage(checkpoint)
+        if damage is None and with_best:
+            best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+            if best is not None and Path(best).name != checkpoint.name:
+                damage = find_damage(folder / Path(best).name)
+        if damage is None:
+            return str(checkpoint)
+        log_main(f"Passing over {checkpoint.name}: {damage}.")
+        damages += [damage] if is_sealed(checkpoint) else []
+    if damages:
+        raise ValueError(
+            f"No checkpoint in {folder} can be continued: {'; '.join(damages)}. Bring the files back, or give another "
+            "--output_dir."
+        )
+    return None
 
 
 def read_identity(folder: Path) -> dict[str, Any]:

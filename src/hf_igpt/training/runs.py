@@ -5,6 +5,7 @@ the run resumes), `train_val_split`, and `arguments` (the resolved arguments of 
 `run.json` was not written by this package.
 """
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,11 +14,8 @@ from typing import Any, cast
 
 import datasets
 import torch
-from accelerate import PartialState
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
@@ -31,7 +29,8 @@ from ..modeling_imagegpt import (
     ImageGPTPreTrainedModel,
 )
 from .arguments import FinetuningArguments, ModelArguments, RecipeArguments
-from .callbacks import Clock, ImageProgress, PushCheckpoints
+from .callbacks import Clock, ImageProgress, PushCheckpoints, log_main
+from .checkpoints import SealCheckpoints, is_sealed, list_checkpoints
 from .resuming import (
     arguments_of,
     collect_identity,
@@ -41,12 +40,6 @@ from .resuming import (
     own_folder,
 )
 from .trainer import ImageGPTTrainer
-
-
-def log_main(text: str) -> None:
-    """Print a line in the main process only, without breaking a progress bar."""
-    if PartialState().is_main_process:
-        tqdm.write(text)
 
 
 # -- begin and resume --------------------------------------------------------------------------------------------------
@@ -66,8 +59,6 @@ def begin(args: RecipeArguments) -> str | None:
         raise ValueError(f"--report_to {' '.join(names)}: {error}") from error
     set_seed(args.seed)
     log_main(f"Process {args.process_index} of {args.world_size} on {args.device}, seed {args.seed}")
-    if checkpoint:
-        log_main(f"Resuming from {checkpoint}")
     return checkpoint
 
 
@@ -88,7 +79,7 @@ def write_run(
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     own_folder(folder, args)
-    begun = list(folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"))
+    begun = any(map(is_sealed, list_checkpoints(folder)))
     if (folder / RECORDS).exists() or (checkpoint is None and begun):
         raise ValueError(f"Another run has written to {folder} meanwhile: give another --output_dir.")
     run = {
@@ -288,15 +279,17 @@ def build_trainer(
 ) -> ImageGPTTrainer:
     """Build a run's Trainer with its clock, progress bar and pushes. publish: as in `ImageGPTTrainer`."""
     clock = None if args.max_minutes is None else Clock(args.max_minutes, args.device)
+    keep_all = copy.copy(args)  # Trainer deletes old checkpoints before the new one is sealed
+    keep_all.save_total_limit = None
     trainer = ImageGPTTrainer(
         model=model,
-        args=args,
+        args=keep_all,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=processor,
         clock=clock,
         publish=publish,
-        callbacks=callbacks,
+        callbacks=[*callbacks, SealCheckpoints(args.save_total_limit)],
     )
     if args.pushes_checkpoints and trainer.saves_shards:
         log_main("Only the finished model is pushed, because sharded checkpoints do not hold a whole model.")
@@ -329,6 +322,8 @@ def train(trainer: ImageGPTTrainer, checkpoint: str | None) -> None:
         log_main(f"Training had ended with {checkpoint}: what is left is to measure.")
         load_finished(trainer, checkpoint)
     else:
+        if checkpoint is not None:
+            log_main(f"Resuming from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.clock and trainer.state.global_step < trainer.state.max_steps and trainer.clock.fraction() >= 1:
         seen, planned = map(trainer.images_seen, (trainer.state.global_step, trainer.state.max_steps))

@@ -1,0 +1,102 @@
+"""Checkpoints of a run: sealed with the hashes of their files once these are written, verified before one is continued.
+
+`Trainer` writes a checkpoint file by file. One without a seal was cut short, and one that does not fit its seal is damaged;
+neither is ever continued. Old checkpoints are deleted only once a newer one is sealed.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..evaluation.records import whole_file
+
+
+SEAL = "checksums.json"  # in a checkpoint: the SHA-256 of each of its files
+CHUNK = 2**24  # bytes
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, whole or not, from the last step to the first."""
+    found = [
+        path for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if re.fullmatch(r"\d+", path.name.split("-", 1)[1])
+    ]
+    return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def is_sealed(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end. Its files may have changed since: see `find_damage`."""
+    return (checkpoint / SEAL).is_file()
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Write the hashes of all files of a checkpoint, which must all be written, into it."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+    hashes = {path.relative_to(checkpoint).as_posix(): hash_file(path) for path in files}
+    with whole_file(checkpoint / SEAL) as partial:
+        partial.write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Say in words why a checkpoint must not be continued; None if its files are those that were written, all of them."""
+    if not is_sealed(checkpoint):
+        return f"{checkpoint} was not written to its end"
+    try:
+        hashes = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        for name, expected in hashes.items():
+            if not (checkpoint / name).is_file():
+                return f"{checkpoint / name} is missing"
+            if hash_file(checkpoint / name) != expected:
+                return f"{checkpoint / name} has changed since it was written"
+    except (AttributeError, ValueError, OSError) as error:
+        return f"{checkpoint} cannot be read: {error}"
+    return None
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals each checkpoint once all processes have written it, and then deletes old ones.
+
+    limit: the number of checkpoints to keep, of this run's past; the best one is kept in addition. None keeps all.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()
+        if args.should_save:
+            run = Path(str(args.output_dir))
+            seal_checkpoint(run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            if self.limit:
+                self.delete_old(run, state)
+
+    def delete_old(self, run: Path, state: TrainerState) -> None:
+        """Delete what exceeds the limit, and with it what was cut short, and what this run has not reached again."""
+        found = list_checkpoints(run)
+        past = [path for path in found if is_sealed(path) and step_of(path) <= state.global_step]
+        kept = set(past[: self.limit])
+        if state.best_model_checkpoint:
+            kept.add(run / Path(state.best_model_checkpoint).name)
+        for path in found:
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
