@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from test_training import greys, history, run, weights  # noqa: F401 (a fixture)
+from transformers import TrainerState
 
 from hf_igpt.commands.finetune import finetune
 from hf_igpt.data import DataArguments
 from hf_igpt.evaluation.records import read_records
-from hf_igpt.training import resuming, runs
+from hf_igpt.training import checkpoints, resuming, runs
 from hf_igpt.training.arguments import FinetuningArguments, ModelArguments
+from hf_igpt.training.checkpoints import SEAL
 from hf_igpt.training.trainer import ImageGPTTrainer, NotFinite
 
 
@@ -264,7 +266,7 @@ def test_a_best_checkpoint_elsewhere_is_found_or_missed_by_name(tmp_path, greys,
     (tmp_path / "again").mkdir()
     kill_after_training(tmp_path / "two", tmp_path / "again")
     shutil.rmtree(tmp_path / "one" / "checkpoint-2")
-    with pytest.raises(ValueError, match=r"The best checkpoint, .*one/checkpoint-2, is not there"):
+    with pytest.raises(ValueError, match=r"the best checkpoint, .*one/checkpoint-2, is not there"):
         run(tmp_path / "again", greys, **more)
 
 
@@ -272,6 +274,86 @@ def test_a_checkpoint_past_the_end_is_refused(tmp_path, greys, interrupted):  # 
     elsewhere = {"max_steps": 4, "resume_from_checkpoint": str(interrupted / "checkpoint-6")}
     with pytest.raises(ValueError, match="has been trained for 6 steps, more than the 4 of this run"):
         run(tmp_path / "run", greys, **({"images": IMAGES} | SAVING | elsewhere))
+
+
+def damage_file(file, how):
+    """Damage a file as disks, interruptions and people do."""
+    data = file.read_bytes()
+    if how == "missing":
+        file.unlink()
+    elif how == "flipped":
+        file.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+    else:
+        file.write_bytes({"empty": b"", "half": data[: len(data) // 2]}[how])
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json")
+
+
+@pytest.mark.parametrize("how", ["missing", "flipped", "empty", "half"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, greys, interrupted, how, capsys):  # noqa: F811
+    """Whatever file is damaged."""
+    for file in FILES:
+        folder = tmp_path / file
+        shutil.copytree(interrupted, folder)
+        damage_file(folder / "checkpoint-6" / file, how)
+        assert resuming.find_last(folder, with_best=False) == str(folder / "checkpoint-4")
+        what = "is missing" if how == "missing" else "has changed since it was written"
+        assert f"Passing over checkpoint-6: {folder / 'checkpoint-6' / file} {what}." in capsys.readouterr().out
+
+
+def test_a_run_continues_from_the_checkpoint_before_a_damaged_one(tmp_path, greys, interrupted, capsys):  # noqa: F811
+    kill_after_training(interrupted, tmp_path, step=4)
+    damage_file(tmp_path / "checkpoint-4" / "model.safetensors", "flipped")
+    records = run(tmp_path, greys, max_steps=6, images=IMAGES, **SAVING)
+    assert records == read_records(interrupted / "records.json")
+    assert f"Resuming from {tmp_path / 'checkpoint-2'}" in capsys.readouterr().out
+    after, before = weights(tmp_path), weights(interrupted)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_checkpoint_that_was_cut_short_does_not_count(tmp_path, greys, interrupted, capsys):  # noqa: F811
+    shutil.copytree(interrupted, tmp_path / "run")
+    for step in (2, 4, 6):
+        (tmp_path / "run" / f"checkpoint-{step}" / SEAL).unlink()
+    (tmp_path / "run" / "checkpoint-abc").mkdir()
+    assert resuming.find_last(tmp_path / "run", with_best=True) is None  # the run starts again
+    assert capsys.readouterr().out.count("was not written to its end") == 3
+
+
+def test_a_run_without_any_good_checkpoint_is_not_overwritten(tmp_path, greys, interrupted):  # noqa: F811
+    shutil.copytree(interrupted, tmp_path / "run")
+    for step in (2, 4, 6):
+        damage_file(tmp_path / "run" / f"checkpoint-{step}" / "optimizer.pt", "flipped")
+    with pytest.raises(ValueError, match="No checkpoint in .* can be continued: .*optimizer.pt has changed since"):
+        resuming.find_last(tmp_path / "run", with_best=True)
+    given = {"max_steps": 8, "resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-4")}
+    with pytest.raises(ValueError, match=r"optimizer.pt has changed since it was written: give another --resume"):
+        run(tmp_path / "other", greys, images=IMAGES, **SAVING, **given)
+
+
+def test_a_damaged_best_checkpoint_is_made_again(tmp_path, greys, interrupted):  # noqa: F811
+    options = {"max_steps": 6, "images": IMAGES} | SAVING
+    state = json.loads((interrupted / "checkpoint-6" / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"]).name
+    assert best != "checkpoint-2"  # there is an earlier one to continue from
+    kill_after_training(interrupted, tmp_path)
+    damage_file(tmp_path / best / "model.safetensors", "flipped")
+    assert run(tmp_path, greys, **options) == read_records(interrupted / "records.json")
+
+
+def test_old_checkpoints_go_once_the_new_one_is_sealed(tmp_path, greys, interrupted):  # noqa: F811
+    shutil.copytree(interrupted, tmp_path / "run")
+    state = TrainerState(global_step=4, best_model_checkpoint=str(tmp_path / "elsewhere" / "checkpoint-2"))
+    (tmp_path / "run" / "checkpoint-3").mkdir()  # cut short
+    checkpoints.delete_old(tmp_path / "run", state, limit=1)  # keeps the last and the best
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-2"}
+
+
+def test_files_of_no_concern_do_not_block_a_run(tmp_path, greys):  # noqa: F811
+    for name in (".DS_Store", "nohup.out", "slurm-17.out", "train.log", "run.json.partial"):
+        (tmp_path / name).write_text("")
+    assert run(tmp_path, greys, max_steps=1, images=IMAGES)
 
 
 # -- divergence --------------------------------------------------------------------------------------------------------

@@ -163,10 +163,6 @@ class RecipeArguments(TrainingArguments):
         self.label_names = ["labels"]
         if self.eval_strategy == "no" or self.save_strategy == "no":
             self.load_best_model_at_end = False
-        if self.load_best_model_at_end and self.save_total_limit == 1:
-            self.save_total_limit = (
-                2  # or the last checkpoint, from which a killed run continues, gives way to the best
-            )
         # Checkpoints are chosen by their evaluation, so both happen at the same steps by default.
         self.eval_steps, self.save_steps = (
             next(steps for steps in (one, other, 0.1) if steps is not None)

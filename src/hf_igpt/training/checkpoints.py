@@ -76,7 +76,7 @@ def find_damage(checkpoint: Path) -> str | None:
 class SealCheckpoints(TrainerCallback):
     """Seals each checkpoint once all processes have written it, and then deletes old ones.
 
-    limit: the number of checkpoints to keep, of this run's past; the best one is kept in addition. None keeps all.
+    limit: the number of checkpoints to keep, the last and the best among them. None keeps all.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -88,15 +88,17 @@ class SealCheckpoints(TrainerCallback):
             run = Path(str(args.output_dir))
             seal_checkpoint(run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             if self.limit:
-                self.delete_old(run, state)
+                delete_old(run, state, self.limit)
 
-    def delete_old(self, run: Path, state: TrainerState) -> None:
-        """Delete what exceeds the limit, and with it what was cut short, and what this run has not reached again."""
-        found = list_checkpoints(run)
-        past = [path for path in found if is_sealed(path) and step_of(path) <= state.global_step]
-        kept = set(past[: self.limit])
-        if state.best_model_checkpoint:
-            kept.add(run / Path(state.best_model_checkpoint).name)
-        for path in found:
-            if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+
+def delete_old(run: Path, state: TrainerState, limit: int) -> None:
+    """Delete checkpoints over the limit, and with them any that were cut short, and any that this run has not reached again."""
+    found = list_checkpoints(run)
+    past = [path for path in found if is_sealed(path) and step_of(path) <= state.global_step]
+    essential = {past[0].name, Path(state.best_model_checkpoint or "").name}
+    past.sort(key=lambda path: path.name not in essential)  # the others stay in their order
+    kept = past[: max(limit, sum(path.name in essential for path in past))]
+    for path in found:
+        if path not in kept:
+            (path / SEAL).unlink(missing_ok=True)  # first: what is left if this is interrupted counts as cut short
+            shutil.rmtree(path, ignore_errors=True)

@@ -75,7 +75,7 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
         checkpoint = Path(args.resume_from_checkpoint)
         if not checkpoint.is_dir():
             raise ValueError(f"There is no checkpoint at {checkpoint}.")
-        damage = find_damage(checkpoint)
+        damage = find_damage_or_best(checkpoint, args.load_best_model_at_end)
         if damage is not None:
             raise ValueError(f"{damage}: give another --resume_from_checkpoint.")
         return str(checkpoint)
@@ -93,11 +93,7 @@ def find_last(folder: Path, with_best: bool) -> str | None:
     """
     damages = []
     for checkpoint in list_checkpoints(folder):
-        damage = find_damage(checkpoint)
-        if damage is None and with_best:
-            best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
-            if best is not None and Path(best).name != checkpoint.name:
-                damage = find_damage(folder / Path(best).name)
+        damage = find_damage_or_best(checkpoint, with_best)
         if damage is None:
             return str(checkpoint)
         log_main(f"Passing over {checkpoint.name}: {damage}.")
@@ -108,6 +104,24 @@ def find_last(folder: Path, with_best: bool) -> str | None:
             "--output_dir."
         )
     return None
+
+
+def find_damage_or_best(checkpoint: Path, with_best: bool) -> str | None:
+    """As `find_damage`; with_best: also say so if the best checkpoint that it refers to is damaged or missing."""
+    damage = find_damage(checkpoint)
+    if damage is None and with_best:
+        best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+        place = find_best(checkpoint, best)
+        if best and place is None:
+            return f"the best checkpoint, {best}, is not there"
+        return find_damage(place) if place else None
+    return damage
+
+
+def find_best(checkpoint: Path, best: str | None) -> Path | None:
+    """Where the best checkpoint lies that a checkpoint refers to as `best`: there, or beside it if the run has moved."""
+    places = [Path(best), checkpoint.parent / Path(best).name] if best else []
+    return next((place for place in places if place.is_dir()), None)
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
@@ -253,12 +267,7 @@ def load_finished(trainer: ImageGPTTrainer, checkpoint: str) -> None:
     """Bring the trainer to where it was when training ended: the state of the last checkpoint, the weights of the best."""
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    places = [Path(best), Path(checkpoint).parent / Path(best).name] if best else [Path(checkpoint)]
-    source = next((place for place in places if place.is_dir()), None)
-    if source is None:
-        raise ValueError(
-            f"The best checkpoint, {best}, is not there: bring it back, or give --no_load_best_model_at_end to keep the last one."
-        )
+    source = find_best(Path(checkpoint), best) or checkpoint
     trainer.state = state
     state.is_world_process_zero = trainer.is_world_process_zero()
     state.is_local_process_zero = trainer.is_local_process_zero()
