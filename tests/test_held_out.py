@@ -1,5 +1,7 @@
 """Which images a model was not trained on."""
 
+from dataclasses import replace
+
 import pytest
 
 from hf_igpt.data import DataArguments, digits, load_images
@@ -27,3 +29,15 @@ def test_held_out_images_are_of_the_split_that_was_trained_with(tmp_path):
         select_held_out(str(tmp_path / "model"), DataArguments(), 360)
     with pytest.raises(ValueError, match="trained on scikit-learn digits"):
         select_held_out(str(tmp_path / "model"), DataArguments(train_dir=str(tmp_path / "photos")), 1)
+
+
+def test_held_out_images_are_not_those_of_another_split(tmp_path):
+    record = Record(task="generation", metric="nats_per_pixel", value=1.0, unit="nats/pixel", n=359, seed=42)
+    write_records(tmp_path / "records.json", [replace(record, dataset="scikit-learn digits")])
+    (tmp_path / "run.json").write_text('{"train_val_split": 0.2}')
+    with pytest.raises(ValueError, match="trained with --train_val_split 0.2, not 0.5: .* Give the same"):
+        select_held_out(str(tmp_path), DataArguments(train_val_split=0.5), 5)
+    assert len(select_held_out(str(tmp_path), DataArguments(train_val_split=0.2), 5)[0]) == 5
+    (tmp_path / "run.json").write_text('{"train_val_split": null}')
+    with pytest.raises(ValueError, match="the default --train_val_split, not 0.5: .* Leave --train_val_split out"):
+        select_held_out(str(tmp_path), DataArguments(train_val_split=0.5), 5)

@@ -1,4 +1,4 @@
-"""Every number of the paper, once, with its source. There is no logic here: other modules look numbers up.
+"""Every number of the paper, once, with its source. Other modules look numbers up here.
 
 Sources: [V2] Chen et al., "Generative Pretraining from Pixels", ICML 2020, version 2; [code] github.com/openai/image-gpt
 (`src/model.py`, `src/run.py`, `README.md`); [blog] openai.com/index/image-gpt. Numbers that the

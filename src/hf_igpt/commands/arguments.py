@@ -65,7 +65,8 @@ class SampleArguments:
     batch_size: int = field(default=64, metadata={"help": "Images drawn in one batch."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
     bf16: bool = field(
-        default=False, metadata={"help": "Weights and cache in bfloat16: faster on GPUs, and other pictures of a seed."}
+        default=False,
+        metadata={"help": "Weights and cache in bfloat16: faster on GPUs; a seed then draws other pictures."},
     )
 
 
@@ -109,7 +110,7 @@ class ProbeArguments:
         metadata={"help": "Learning rates of SGD to choose from (paper 4.2: 30, 10, 3, …)."},
     )
     sgd_steps: int = field(default=10_000, metadata={"help": "Steps of SGD (paper: 1,000,000)."})
-    sgd_batch_size: int = field(default=256, metadata={"help": "Images a step of SGD; the paper states none."})
+    sgd_batch_size: int = field(default=256, metadata={"help": "Images per step of SGD; the paper states no number."})
     knn: bool = field(
         default=True, metadata={"help": f"Also classify by the {KNN_NEIGHBORS} nearest neighbours, by cosine."}
     )
@@ -121,7 +122,9 @@ class ProbeArguments:
     num_subsets: int = field(default=PROBE_SUBSETS, metadata={"help": "Random subsets for each of these numbers."})
     num_masks: int = field(
         default=EVALUATION_MASKS,
-        metadata={"help": "Masks of each test image of a masked model; the majority decides (paper 4.6)."},
+        metadata={
+            "help": "Masks drawn for each test image if the model is masked; the majority vote decides (paper 4.6)."
+        },
     )
     batch_size: int = field(default=64, metadata={"help": "Images in a forward pass."})
     bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast."})
@@ -209,7 +212,7 @@ class PlanArguments:
     objective: str = field(
         default="causal",
         metadata={
-            "help": "causal or masked: half of a causal model's attention is masked.",
+            "help": "causal or masked: a causal model computes half of the attention.",
             "choices": ["causal", "masked"],
         },
     )
@@ -218,7 +221,8 @@ class PlanArguments:
     )
     num_colors: int = field(default=N_COLORS, metadata={"help": "Colours K of the palette."})
     images: float | None = field(
-        default=None, metadata={"help": "Images in the dataset, 1.28e6 for example. Needed where epochs are counted."}
+        default=None,
+        metadata={"help": "Images in the dataset, 1.28e6 for example. Needed if the length is given in epochs."},
     )
     epochs: float | None = field(default=None, metadata={"help": "Epochs. Default: the preset's."})
     max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps. Default: the preset's."})

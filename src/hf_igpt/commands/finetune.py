@@ -33,8 +33,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     """Fine-tune an Image GPT to classify, by L_CLF + weight · L_GEN [V2 2.3], and write it to `args.output_dir`.
 
     Without `model_name_or_path` it starts from random weights, the paper's baseline. The model with the best validation
-    accuracy is kept, and the test split is evaluated once, at the end. The folder holds what `pretrain` writes and
-    `confusion.png`. Returns the records of the results. Invalid arguments are a ValueError before training starts.
+    accuracy is kept, and the test split is evaluated once, at the end. The folder holds the model,
+    its image processor, `confusion.png`, `training.png` and the records. Returns the records of the results. Invalid arguments are a ValueError before training starts.
     """
     if model_args.model_name_or_path and not model_args.config_overrides:  # which are for new models: refused below
         check_model_exists(model_args.model_name_or_path)

@@ -1,4 +1,4 @@
-"""`scripts/run_linear_probe.py`: probe trained models on labelled images [V2 3.3, 4.2-4.4]."""
+"""`scripts/run_linear_probe.py`: probe trained models on labelled images [V2 3.4, 4.2-4.4]."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path

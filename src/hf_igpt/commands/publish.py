@@ -48,7 +48,7 @@ def describe_loading(config: ImageGPTConfig, name: str) -> str:
     first = f'transformers alone:      AutoModel.from_pretrained("{name}")'
     return "\n".join(
         [
-            first if plain else "transformers alone:      refuses, as it would be wrong: one of the two below",
+            first if plain else "transformers alone:      refuses with a sentence; use one of the two below",
             f'code in the repository:  {head}.from_pretrained("{name}", trust_remote_code=True)',
             f'with the package:        import hf_igpt; {head}.from_pretrained("{name}")',
         ]

@@ -14,7 +14,7 @@ def report(args: ReportArguments, data_args: DataArguments) -> Path:
 
     Folders without records are a ValueError before anything is written.
     """
-    find_runs(args.folders)
+    find_runs(args.folders)  # nothing is probed if there is no run
     if args.probe_milestones:
         places = [path for folder in args.folders for path in sorted(Path(folder).rglob(f"{MILESTONES}/step-*"))]
         names = [str(path) for path in places if not (path / "probe" / PROBE).is_file()]

@@ -1,4 +1,4 @@
-"""Draw images with a trained model: from nothing, or completing the upper rows of given images."""
+"""`scripts/run_sample.py`: draw images with a trained model, from nothing, or completing the upper rows of given images."""
 
 import time
 from pathlib import Path

@@ -27,7 +27,7 @@ from .tokens import (
     BATCH,
     SHUFFLE_BUFFER,
     ImageTokens,
-    describe_images,
+    fingerprint_images,
     drop_unreadable,
     repeat_stream,
     stream_tokens,
@@ -117,11 +117,11 @@ class TrainingImages:
     def identity(self) -> dict[str, Any]:
         """Return what decides which images are in which split, which must not change when a run resumes.
 
-        That is the arguments, and as `images` what `describe_images` says of each split (of a stream: of held-out images).
+        That is the arguments, and as `images` what `fingerprint_images` says of each split (of a stream: of held-out images).
         """
         arguments = {name: value for name, value in vars(self._args).items() if name not in _CHANGES_NOTHING}
         splits = {name: split for name, split in self.splits.items() if isinstance(split, datasets.Dataset)}
-        return arguments | {"images": {name: describe_images(split) for name, split in splits.items()}}
+        return arguments | {"images": {name: fingerprint_images(split) for name, split in splits.items()}}
 
     def check_enough(self, images_per_step: int) -> None:
         """Raise ValueError if there are fewer training images than one optimiser step uses."""

@@ -112,7 +112,7 @@ def _drop_bad_rows(dataset: datasets.Dataset, reasons: list[str]) -> datasets.Da
     return dataset.select([row for row, reason in enumerate(reasons) if not reason])
 
 
-def describe_images(dataset: datasets.Dataset) -> str:
+def fingerprint_images(dataset: datasets.Dataset) -> str:
     """Describe which images a dataset has, in its order: their number, and the paths and sizes of files if cells name them."""
     files = [line.rsplit("\0", 1)[0] for line in _describe_files(dataset).splitlines()]
     return datasets.fingerprint.Hasher.hash((len(dataset), files))

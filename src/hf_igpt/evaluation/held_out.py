@@ -20,22 +20,28 @@ def record_of_training(model_name: str | Path) -> Record | None:
 def find_split_seed(model_name: str, data_args: DataArguments, seed: int) -> int:
     """The seed that draws held-out images: the model's own if it was trained on the same images, else `seed`.
 
-    With another seed or fraction, images that the model was trained on would be among those it is tested on: another
-    --train_val_split than in training is a ValueError. A model without records says nothing of its seed.
+    With another seed, images that the model was trained on would be among those it is tested on. Another
+    --train_val_split than in training is a ValueError. A model without records does not tell its seed.
     """
     record = record_of_training(model_name)
     if record is None or record.dataset != data_args.name() or record.seed is None:
         return seed
-    fraction = read_run(model_name).get("train_val_split", data_args.train_val_split)
-    if fraction != data_args.train_val_split:
-        raise ValueError(
-            f"{model_name} was trained with --train_val_split {fraction}, not {data_args.train_val_split}: test images would be "
-            "among those it was trained on. Give the same."
-        )
+    check_same_split(model_name, data_args)
     found = record.seed if record.split_seed is None else record.split_seed
     if found != seed:
         print(f"Splits are drawn by seed {found}, as when {Path(model_name).name} was trained.")
     return found
+
+
+def check_same_split(model_name: str, data_args: DataArguments) -> None:
+    """ValueError if --train_val_split is not the one that a model was trained with: it would be tested on training images."""
+    was, now = read_run(model_name).get("train_val_split", data_args.train_val_split), data_args.train_val_split
+    if was != now:
+        then = "the default --train_val_split" if was is None else f"--train_val_split {was}"
+        raise ValueError(
+            f"{model_name} was trained with {then}, not {'the default' if now is None else now}: test images would be among "
+            f"those it was trained on. {'Leave --train_val_split out.' if was is None else 'Give the same.'}"
+        )
 
 
 def select_held_out(
@@ -58,6 +64,7 @@ def select_held_out(
             )
         if count > record.n:
             raise ValueError(f"--num_held_out {count}: only {record.n} images were held out in training.")
+        check_same_split(model_name, data_args)
         if split_seed is None:
             split_seed = record.seed if record.split_seed is None else record.split_seed
     seed = SEED if split_seed is None else split_seed

@@ -1,4 +1,4 @@
-"""Probes: how well classes can be read off features by a linear classifier, and by nearest neighbours [V2 3.3, 4.2-4.4].
+"""Probes: how well classes can be read off features by a linear classifier, and by nearest neighbours [V2 3.4, 4.2-4.4].
 
 The protocol: fit on the training images, choose the layer and the regularisation on the validation images, fold these back
 into training, and read the test images once, at the end. The same is done with what the features must beat: raw pixels, and
@@ -47,7 +47,7 @@ class Fit:
 def logistic_regressions(
     features: np.ndarray, labels: np.ndarray, strengths: Iterable[float], standardize: bool = True, max_iter: int = 1000
 ) -> Iterator[Fit]:
-    """scikit-learn's multinomial logistic regression by L-BFGS, for each C of `strengths`, weakest first [V2 4.2].
+    """scikit-learn's multinomial logistic regression by L-BFGS, for each C of `strengths`, weakest first [V2 3.4].
 
     features: (n, D), labels: (n,) integers. standardize: bring each feature to mean 0 and deviation 1 of these images.
     Not `GridSearchCV`: warm starts along C take up to a third less time, and each fit says whether it converged.
@@ -72,7 +72,7 @@ def sgd_regressions(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> Iterator[Fit]:
-    """Logistic regression by the paper's recipe for large sets: SGD, momentum 0.9, cosine to 0, no weight decay [V2 4.2].
+    """Logistic regression by the paper's recipe for large sets: SGD, momentum 0.9, cosine to 0, no weight decay [V2 3.4].
 
     One run for all learning rates together, on `device`, from zero weights. Arguments as `logistic_regressions`.
     """
@@ -157,7 +157,7 @@ NEAREST_NEIGHBOURS = f"{KNN_NEIGHBORS} nearest neighbours"  # likewise
 
 @dataclass(kw_only=True)
 class Protocol:
-    """The options of a probe; `commands.probe.ProbeArguments` explains each and gives defaults."""
+    """The options of a probe; `commands.arguments.ProbeArguments` explains each and gives defaults."""
 
     probe: str
     standardize: bool

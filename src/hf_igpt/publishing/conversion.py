@@ -36,12 +36,12 @@ def read_openai(checkpoint: str | Path) -> dict[str, np.ndarray]:
     """Variables of a TensorFlow checkpoint by name, without `model/` and without the optimiser's.
 
     checkpoint: the path without suffix, as `DIR/model.ckpt-1000000`; any number of data shards. A missing or truncated
-    file is a ValueError that names it. Needs TensorFlow: pip install "hf_igpt[openai]".
+    file is a ValueError that names it. Needs TensorFlow: pip install -e ".[openai]".
     """
     try:
         from tensorflow.python.training import py_checkpoint_reader  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:
-        raise ImportError('Reading OpenAI\'s checkpoints needs TensorFlow: pip install "hf_igpt[openai]"') from error
+        raise ImportError('Reading OpenAI\'s checkpoints needs TensorFlow: pip install -e ".[openai]"') from error
 
     index = Path(f"{checkpoint}.index")
     if not index.is_file():

@@ -70,7 +70,6 @@ REPLACED = (
     RECORDS,
     *PICTURES,
     *CODE,
-    "pipelines.py",
 )
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 

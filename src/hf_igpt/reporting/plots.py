@@ -16,7 +16,7 @@ from ..image_processing_imagegpt import AnyImageProcessor
 
 CAPTIONS = {  # of the pictures in a run's folder
     "samples.png": "Images drawn by the model",
-    "completions.png": "Images given, their upper halves, completions",
+    "completions.png": "Images, the upper rows that were given, completions",
     "masked.png": "Images, what the masked model saw of them, and what it made of that",
     "training.png": "The course of training",
     "confusion.png": "Classes of the test images, and what the model says",
