@@ -195,7 +195,9 @@ def test_models_without_a_colour_head_draw_nothing(kind, processor, tmp_path):
     """Not noise by a head that was never trained."""
     randomized(kind(small_config())).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"is not a trained causal model: it lacks lm_head\.weight\. Draw with"):
+    with pytest.raises(
+        ValueError, match=r"is not a trained ImageGPTForCausalImageModeling: it lacks lm_head\.weight\. Draw with"
+    ):
         draw(SampleArguments(str(tmp_path / "model"), num_images=1), DataArguments())
     assert not (tmp_path / "model" / "samples.png").exists()
 

@@ -32,7 +32,9 @@ def test_held_out_images_are_of_the_split_that_was_trained_with(tmp_path):
 
 
 def test_held_out_images_are_not_those_of_another_split(tmp_path):
-    record = Record(task="generation", metric="nats_per_pixel", value=1.0, unit="nats/pixel", n=359, seed=42)
+    record = Record(
+        task="generation", metric="nats_per_pixel", value=1.0, unit="nats/pixel", split="held out", n=359, seed=42
+    )
     write_records(tmp_path / "records.json", [replace(record, dataset="scikit-learn digits")])
     (tmp_path / "run.json").write_text('{"train_val_split": 0.2}')
     with pytest.raises(ValueError, match="trained with --train_val_split 0.2, not 0.5: .* Give the same"):

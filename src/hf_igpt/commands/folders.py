@@ -56,5 +56,5 @@ def load_trained(kind: Any, model_name: str, remedy: str, **options: Any) -> Any
     model, loading = kind.from_pretrained(model_name, output_loading_info=True, **options)
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"]))
-        raise ValueError(f"{model_name} lacks {missing}, which the model that is asked for has. {remedy}")
+        raise ValueError(f"{model_name} is not a trained {kind.__name__}: it lacks {missing}. {remedy}")
     return model
