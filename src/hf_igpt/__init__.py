@@ -46,7 +46,11 @@ def register() -> None:
         ImageGPTForMaskedImageModeling,
         ImageGPTModel,
     )
-    from .pipelines_imagegpt import ImageCompletionPipeline, ImageGPTFeatureExtractionPipeline
+    from .pipelines_imagegpt import (
+        ImageCompletionPipeline,
+        ImageGPTClassificationPipeline,
+        ImageGPTFeatureExtractionPipeline,
+    )
 
     AutoConfig.register("imagegpt", ImageGPTConfig, exist_ok=True)
     AutoModel.register(ImageGPTConfig, ImageGPTModel, exist_ok=True)
@@ -61,7 +65,8 @@ def register() -> None:
         PIPELINE_REGISTRY.register_pipeline(
             "image-completion", pipeline_class=ImageCompletionPipeline, pt_model=AutoModelForCausalLM, type="image"
         )
-    # A subclass of transformers' own, for two more options; `register_pipeline` would warn.
+    # Subclasses of transformers' own, which read images otherwise; `register_pipeline` would warn.
+    PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = ImageGPTClassificationPipeline
     PIPELINE_REGISTRY.supported_tasks["image-feature-extraction"]["impl"] = ImageGPTFeatureExtractionPipeline
 
 

@@ -5,7 +5,7 @@ resizing filters differently, so the tokens of a resized photo may differ betwee
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, Union
 
 import numpy as np
@@ -19,8 +19,6 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    load_image,
-    make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import is_torchvision_available, logging
@@ -30,8 +28,10 @@ from .configuration_imagegpt import ImageGPTConfig
 from .inputs_imagegpt import IGNORE_INDEX
 from .pixels_imagegpt import (
     AnyImage,
+    ImageSource,
     convert_to_rgb,
     crop_to_square,
+    find_layout,
     is_eight_bit,
     is_floating,
     open_image,
@@ -48,6 +48,7 @@ ImageSize: TypeAlias = Sequence[int] | Mapping[str, int] | SizeDict | int
 
 _MISSING_GREY = 128
 _FILTERS = frozenset(PILImageResampling)
+_FARTHEST_COLOR = 3  # from 0, on the palette's scale: other means and deviations than ours go beyond 1, but not so far
 
 logger = logging.get_logger(__name__)
 
@@ -101,26 +102,19 @@ class _ColorQuantization(BaseImageProcessor):
             output["crop_size"] = output["size"]
         return output
 
-    def fetch_images(self, image_url_or_urls: str | ImageInput | Sequence[Any]) -> AnyImage | list[Any]:
-        """Read the images at paths and URLs, with PIL in both backends; images are returned unchanged.
+    def fetch_images(
+        self, image_url_or_urls: ImageSource | Sequence[Any], timeout: float | None = None
+    ) -> AnyImage | list[Any]:
+        """Read an image, or each image of a list, as `open_image` does, in both backends with PIL.
 
-        An image that cannot be read is a ValueError that names it.
+        timeout: in seconds, for downloads. An image that cannot be read is a ValueError that names it.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(image) for image in image_url_or_urls]
-        if isinstance(image_url_or_urls, (Image.Image, np.ndarray, torch.Tensor)):
-            return image_url_or_urls
-        if not isinstance(image_url_or_urls, str):
-            raise ValueError(
-                "Images are PIL images, arrays, paths or URLs, or lists of these; "
-                f"found {type(image_url_or_urls).__name__}."
-            )
-        try:
-            # Files are not read with load_image, whose conversion to RGB loses transparency and clips 16-bit images.
-            is_file = os.path.isfile(image_url_or_urls)
-            return open_image(image_url_or_urls) if is_file else load_image(image_url_or_urls)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"Cannot read the image {image_url_or_urls[:200]}: {error}") from error
+            return [
+                self.fetch_images(image, timeout) if isinstance(image, (list, tuple)) else _fetch(image, index, timeout)
+                for index, image in enumerate(image_url_or_urls)
+            ]
+        return _fetch(image_url_or_urls, 0, timeout)  # type: ignore[arg-type]  # no list
 
     def preprocess(self, images: str | ImageInput | Sequence[Any], *args: Any, **kwargs: Any) -> BatchFeature:
         """Convert images to tokens; see `ImageGPTImageProcessorPil`. Keyword arguments override the processor's options."""
@@ -138,24 +132,14 @@ class _ColorQuantization(BaseImageProcessor):
     ) -> list[AnyImage]:
         if isinstance(images, (list, tuple)) and len(images) == 0:
             raise ValueError("No images: the list is empty.")
-        fetched = self.fetch_images(images)
-        batch: Any = fetched if isinstance(fetched, list) else [fetched]
-        # An array (H, W) is one grey image, (1, H, W).
-        batch = [
-            image[None] if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 2 else image
-            for image in batch
-        ]
-        try:
-            batch = make_flat_list_of_images(batch if len(batch) > 1 else batch[0], expected_ndims=expected_ndims)
-        except ValueError as error:  # its message may contain all pixels
-            raise ValueError(str(error)[:300]) from error
+        batch = list(_flatten(self.fetch_images(images)))
         if len(batch) == 0:
             raise ValueError("No images: the input holds none.")
         for index, image in enumerate(batch):
             shape = image.size if isinstance(image, Image.Image) else image.shape
             if 0 in shape:
                 raise ValueError(f"Image {index} is empty: its shape is {tuple(shape)}.")
-        return list(batch)
+        return batch
 
     def process_image(
         self,
@@ -170,9 +154,11 @@ class _ColorQuantization(BaseImageProcessor):
         """
         image = reduce_depth(image)
         if do_convert_rgb:
-            image = convert_to_rgb(image, input_data_format)
-            if not isinstance(image, Image.Image):
-                input_data_format = ChannelDimension.FIRST
+            image, input_data_format = convert_to_rgb(image, input_data_format), ChannelDimension.FIRST
+        elif not isinstance(image, Image.Image) and image.ndim == 3:
+            input_data_format = find_layout(image, input_data_format)
+        if isinstance(image, np.ndarray):
+            image = np.array(image, order="C")  # torch takes no views that run backwards or are read-only
         return super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
 
     def _validate_preprocess_kwargs(  # type: ignore[override]  # the named options are those checked here
@@ -250,7 +236,15 @@ class _ColorQuantization(BaseImageProcessor):
             pixel_values = [normalize_levels(image) for image in sized]
             return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
         can_look_up = _normalizes_to_palette_range(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-        pixels = [image if can_look_up and is_eight_bit(image) else normalize_levels(image) for image in sized]
+        pixels: list[Any] = [
+            image if can_look_up and is_eight_bit(image) else normalize_levels(image) for image in sized
+        ]
+        for index, image in enumerate(pixels):
+            if not is_eight_bit(image) and max(-image.min(), image.max()) > _FARTHEST_COLOR:
+                raise ValueError(
+                    f"Image {index} has values from {image.min():.4g} to {image.max():.4g} where the palette's colours lie in "
+                    "[-1, 1], after do_rescale and do_normalize: pass do_rescale=True for floats in 0..255, False for [0, 1]."
+                )
         features = BatchFeature(
             {"input_ids": _quantize_images(pixels, np.asarray(clusters))}, tensor_type=return_tensors
         )
@@ -376,7 +370,7 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):  # type: ignore
         if not do_convert_rgb:
             return super().process_image(image, do_convert_rgb, input_data_format, **kwargs)
         image = convert_to_rgb(reduce_depth(image), input_data_format)
-        return image.numpy() if torch.is_tensor(image) else image
+        return image.cpu().numpy() if torch.is_tensor(image) else image
 
     def resize(  # type: ignore[override]  # PIL images too
         self, image: AnyImage, size: SizeDict, resample: PILImageResampling | int | None = None, **kwargs: Any
@@ -400,6 +394,25 @@ InstalledProcessor = ImageGPTImageProcessor if is_torchvision_available() else I
 AnyImageProcessor: TypeAlias = ImageGPTImageProcessor | ImageGPTImageProcessorPil
 
 
+def _fetch(source: ImageSource, index: int, timeout: float | None) -> AnyImage:
+    """Read one image; its name in messages is its path or URL, or else `index`."""
+    try:
+        return open_image(source, timeout)
+    except ValueError as error:
+        is_name = isinstance(source, (str, os.PathLike))
+        name = str(source)[:200] if is_name else getattr(source, "filename", "") or index
+        raise ValueError(f"Image {name} cannot be read: {error}") from error
+
+
+def _flatten(images: Any) -> Iterator[AnyImage]:
+    """Yield the images in nested lists and in arrays (B, ...) of images."""
+    if isinstance(images, (list, tuple)) or (not isinstance(images, Image.Image) and images.ndim > 3):
+        for image in images:
+            yield from _flatten(image)
+    else:
+        yield images
+
+
 def _normalizes_to_palette_range(
     do_rescale: bool,
     rescale_factor: float,
@@ -407,9 +420,12 @@ def _normalizes_to_palette_range(
     image_mean: float | Sequence[float],
     image_std: float | Sequence[float],
 ) -> bool:
-    """Whether the options map grey levels 0..255 to the palette's scale, [-1, 1], so that 8-bit colours can be looked up."""
+    """Whether 8-bit colours can be looked up: the options map 0..255, or without do_rescale 0..1, to the palette's [-1, 1].
+
+    Without do_rescale floats are in [0, 1]; 8-bit images mean the same colours.
+    """
     return bool(
-        (do_rescale and do_normalize and abs(rescale_factor * 255 - 1) < 1e-12)
+        (do_normalize and (not do_rescale or abs(rescale_factor * 255 - 1) < 1e-12))
         and all(
             values == (0.5,) * 3 if type(values) is tuple else set(np.atleast_1d(values)) == {0.5}
             for values in (image_mean, image_std)

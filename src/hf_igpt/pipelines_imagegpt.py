@@ -1,24 +1,42 @@
-"""`pipeline("image-completion")`, and `pipeline("image-feature-extraction")` with layers and pooling."""
+"""`pipeline("image-completion")`, `pipeline("image-feature-extraction")` with layers and pooling, `pipeline("image-classification")`.
+
+They read images by the image processor, where transformers' own pipelines convert them to RGB first: 16-bit images would
+turn white, and transparency black.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BatchFeature, ImageFeatureExtractionPipeline, Pipeline
-from transformers.image_utils import load_image
+from transformers import BatchFeature, ImageClassificationPipeline, ImageFeatureExtractionPipeline, Pipeline
 
 from .features_imagegpt import check_layers, features_of_tokens
 from .generation_imagegpt import complete
 from .image_processing_imagegpt import AnyImageProcessor
 from .modeling_imagegpt import ImageGPTForCausalImageModeling
+from .pixels_imagegpt import ImageSource
+
+
+def _is_ours(part: Any) -> bool:
+    """Whether a model or an image processor is of this code. Of a local repository, transformers loads it apart from this file."""
+    return not type(part).__module__.startswith("transformers.")
+
+
+def _tokenize(pipe: Pipeline, source: ImageSource, timeout: float | None, **options: Any) -> BatchFeature:
+    """Turn one image into tokens (1, N); more of them are a ValueError."""
+    processor: Any = pipe.image_processor
+    features: BatchFeature = processor(processor.fetch_images(source, timeout), return_tensors="pt", **options)
+    if len(features["input_ids"]) != 1:
+        raise ValueError(f"A pipeline reads one image, or a list of images; found {len(features['input_ids'])} in one.")
+    return features
 
 
 class ImageCompletionPipeline(Pipeline):
     """Keep the upper rows of an image and draw the rest.
 
     Called as `pipe("cat.png", rows=16, num_completions=3)`, it returns a list of `num_completions` PIL images; for a list of
-    images (PIL, paths, URLs), a list of such lists. rows: the number of rows to keep, in pixels of the model's images
+    images (anything the processor reads), a list of such lists. rows: the number of rows to keep, in pixels of the model's images
     (default: half of them; 0: none). seed: makes the drawing of each batch repeatable and restores torch's random state
     afterwards. Other arguments (temperature, top_k, top_p, …) go to `generate`, whose defaults are the paper's sampling.
     Invalid arguments, and a processor that does not fit the model, are a ValueError.
@@ -54,9 +72,9 @@ class ImageCompletionPipeline(Pipeline):
         forward = {name: value for name, value in options.items() if value is not None} | generate_kwargs
         return ({} if timeout is None else {"timeout": timeout}), forward, {}
 
-    def preprocess(self, image: str | Image.Image, timeout: float | None = None) -> BatchFeature:
-        """Turn an image, or the image at a path or URL, into tokens (1, N). timeout: in seconds, for downloads."""
-        return self.image_processor(load_image(image, timeout=timeout), return_tensors="pt")
+    def preprocess(self, image: ImageSource, timeout: float | None = None) -> BatchFeature:
+        """Turn an image, of any kind that the processor reads, into tokens (1, N). timeout: in seconds, for downloads."""
+        return _tokenize(self, image, timeout)
 
     def _forward(
         self,
@@ -89,6 +107,16 @@ class ImageCompletionPipeline(Pipeline):
         return self.image_processor.decode(model_outputs["tokens"][0])
 
 
+class ImageGPTClassificationPipeline(ImageClassificationPipeline):
+    """`pipeline("image-classification")` that reads images as Image GPTs' processors do; nothing changes for other models."""
+
+    def preprocess(self, image: ImageSource, timeout: float | None = None) -> Any:
+        """Turn one image into the model's inputs. timeout: in seconds, for downloads."""
+        if self.model.config.model_type == "imagegpt" and _is_ours(self.image_processor):
+            return _tokenize(self, image, timeout)
+        return super().preprocess(image, timeout=timeout)
+
+
 class ImageGPTFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
     """`pipeline("image-feature-extraction")` with two more options for Image GPTs; nothing changes for other models.
 
@@ -100,9 +128,14 @@ class ImageGPTFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
     model: Any
 
     def _reads_tokens(self) -> bool:
-        """Whether the model is an Image GPT with this code. Of a local repository, transformers loads it apart from this file."""
-        is_plain = type(self.model).__module__.startswith("transformers.")
-        return self.model.config.model_type == "imagegpt" and not is_plain
+        """Whether the model is an Image GPT with this code."""
+        return self.model.config.model_type == "imagegpt" and _is_ours(self.model)
+
+    def preprocess(self, image: ImageSource, timeout: float | None = None, **options: Any) -> Any:
+        """Turn one image into the model's inputs. timeout: in seconds, for downloads; options: the processor's."""
+        if self.model.config.model_type == "imagegpt" and _is_ours(self.image_processor):
+            return _tokenize(self, image, timeout, **options)
+        return super().preprocess(image, timeout=timeout, **options)
 
     def _sanitize_parameters(
         self, layer: int | None = None, pool: bool | None = None, **kwargs: Any

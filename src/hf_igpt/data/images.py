@@ -1,13 +1,12 @@
 """Reading images with PIL: files in folders, undecoded cells, unreadable images, and the paper's random crop."""
 
-import io
-import warnings
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ..pixels_imagegpt import open_image, to_rgb_image
@@ -18,9 +17,22 @@ HELD_PIXELS = 1_000_000  # pixels of decoded photos held in memory at a time
 
 
 def find_image_files(folder: Path) -> list[Path]:
-    """Return the files in a folder and its subfolders whose names are those of images, sorted."""
-    known = Image.registered_extensions()
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
+    """Return the files in a folder and its subfolders whose names are those of images, sorted.
+
+    Hidden files, such as macOS's `._x.png`, and folders that are hidden or left behind by systems are passed over, as
+    `datasets` does. It does not follow links to folders either, which are a ValueError.
+    """
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    files = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        for name in folders:
+            if Path(place, name).is_symlink():
+                raise ValueError(f"{Path(place, name)} is a link to a folder: put the folder itself there.")
+        files += [
+            Path(place, name) for name in names if Path(name).suffix.lower() in known and not name.startswith(".")
+        ]
+    return sorted(files)
 
 
 def named_images(names: list[str]) -> list[Path]:
@@ -38,17 +50,16 @@ def read_image(cell: Any) -> Image.Image:
     An image that cannot be read is a ValueError that names it.
     """
     if not isinstance(cell, dict):
-        if cell is None:
-            raise ValueError("the cell is empty")
-        return to_rgb_image(cell)
+        cell = {"bytes": cell, "path": None}
+    path, content = cell.get("path"), cell.get("bytes")
+    if path is None and content is None:
+        raise ValueError("the cell is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = open_image(io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else cell["path"])
-            return to_rgb_image(image)
-    except Exception as error:  # decoders raise errors of any type: OSError, SyntaxError, struct.error, ...
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
-        raise ValueError(f"{cell.get('path') or 'no path'}: {reason or f'{type(error).__name__}: {error}'}") from error
+        if content is None:
+            content = Path(path)
+        return to_rgb_image(open_image(np.asarray(content) if isinstance(content, list) else content))
+    except ValueError as error:
+        raise ValueError(f"{path or 'no path'}: {error}") from error
 
 
 def read_images(

@@ -4,12 +4,15 @@ Sources are scikit-learn's digits (the embedded default), a Hub dataset, folders
 disk or streamed. `images.py` decodes the cells of the image column.
 """
 
+import glob
 import io
+import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -201,24 +204,52 @@ def _load_raw(args: DataArguments) -> Splits:
 def _load_files(place: str, options: dict[str, Any]) -> Splits:
     """Load the splits at `place`: by their names if it is a folder of parquet files or of splits, or else all as "train"."""
     path = Path(place)
-    if path.is_dir() and any(path.rglob("*.parquet")):
-        splits = datasets.load_dataset("parquet", data_dir=place, **options)
-    elif path.is_dir():
-        if not find_image_files(path):
-            raise ValueError("the folder holds no image files.")
-        folders = _find_split_folders(path)
-        files = {split: str(folder / "**") for split, folder in folders.items()} or {"train": str(path / "**")}
-        if (
-            folders
-        ):  # the classes are the folders within; images directly in a split's folder would be of a class "train"
-            direct = {folder.name for folder in folders.values()}
-            options = options | {"drop_labels": any(file.parent.name in direct for file in find_image_files(path))}
-        splits = datasets.load_dataset("imagefolder", data_files=files, **options)
+    if path.is_dir() and place:
+        splits = _load_folder(path, options)
     else:
-        splits = datasets.load_dataset("parquet", data_files={"train": place}, **options)
+        files = place if "://" in place else _find_parquet_files(place)
+        splits = datasets.load_dataset("parquet", data_files={"train": files}, **options)
     if not options["streaming"] and len(splits["train"]) == 0:
         raise ValueError("it holds no images.")
     return dict(splits)
+
+
+def _load_folder(path: Path, options: dict[str, Any]) -> Splits:
+    if "::" in str(path):
+        raise ValueError("`datasets` takes :: in a name for the border of an archive: rename the folder.")
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        raise ValueError("save_to_disk wrote this folder: write parquet files with to_parquet, and name their folder.")
+    if any(path.rglob("*.parquet")):
+        return datasets.load_dataset("parquet", data_dir=glob.escape(str(path)), **options)
+    files = find_image_files(path)
+    if not files:
+        raise ValueError("the folder holds no image files.")
+    unread = [file.name for file in files if file.suffix.lower() not in ImageFolder.EXTENSIONS]
+    if unread:
+        tqdm.write(
+            f"{len(unread)} files of {path}, as {unread[0]}, are left out: `datasets` does not read their format."
+        )
+    folders = _find_split_folders(path)
+    patterns = {split: f"{glob.escape(str(folder))}/**" for split, folder in (folders or {"train": path}).items()}
+    if folders:  # the classes are the folders within; images directly in a split's folder would be of a class "train"
+        direct = {folder.name for folder in folders.values()}
+        options = options | {"drop_labels": any(file.parent.name in direct for file in files)}
+    return datasets.load_dataset("imagefolder", data_files=patterns, **options)
+
+
+def _find_parquet_files(place: str) -> list[str]:
+    """Return the parquet file, or those that a pattern matches, escaped for `datasets`; other files are a ValueError."""
+    files = [place] if Path(place).is_file() else sorted(filter(os.path.isfile, glob.glob(place, recursive=True)))
+    if not files:
+        raise ValueError("there is no such file or folder.")
+    for file in files:
+        with open(file, "rb") as start:
+            if start.read(4) != b"PAR1":
+                raise ValueError(
+                    f"{Path(file).name} is not a parquet file. Name the folder of images rather than an image, unpack an archive, "
+                    "or name parquet files: one, their folder, or a pattern."
+                )
+    return [glob.escape(file) for file in files]
 
 
 def _find_split_folders(path: Path) -> dict[str, Path]:

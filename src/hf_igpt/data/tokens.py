@@ -27,7 +27,7 @@ from .sources import IMAGE, LABEL
 
 TOKENS = "input_ids"
 MASK = "bool_masked_pos"
-_CACHE_VERSION = 1  # to be raised when the same image and processor give other tokens
+_CACHE_VERSION = 2  # to be raised when the same image and processor give other tokens
 SHUFFLE_BUFFER = 10_000  # images in the shuffle buffers of a stream, over all processes
 BATCH = 32  # images tokenised between two writes to the cache
 
