@@ -5,7 +5,7 @@ resizing filters differently, so the tokens of a resized photo may differ betwee
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, Union
 
 import numpy as np
@@ -132,7 +132,7 @@ class _ColorQuantization(BaseImageProcessor):
     ) -> list[AnyImage]:
         if isinstance(images, (list, tuple)) and len(images) == 0:
             raise ValueError("No images: the list is empty.")
-        batch = list(_flatten(self.fetch_images(images)))
+        batch = _flatten(self.fetch_images(images))
         if len(batch) == 0:
             raise ValueError("No images: the input holds none.")
         for index, image in enumerate(batch):
@@ -236,15 +236,21 @@ class _ColorQuantization(BaseImageProcessor):
             pixel_values = [normalize_levels(image) for image in sized]
             return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
         can_look_up = _normalizes_to_palette_range(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-        pixels: list[Any] = [
-            image if can_look_up and is_eight_bit(image) else normalize_levels(image) for image in sized
-        ]
-        for index, image in enumerate(pixels):
-            if not is_eight_bit(image) and max(-image.min(), image.max()) > _FARTHEST_COLOR:
+
+        def palette_range(index: int, image: Any) -> Any:
+            image = normalize_levels(image)
+            low, high = float(image.min()), float(image.max())
+            if max(-low, high) > _FARTHEST_COLOR:
                 raise ValueError(
-                    f"Image {index} has values from {image.min():.4g} to {image.max():.4g} where the palette's colours lie in "
-                    "[-1, 1], after do_rescale and do_normalize: pass do_rescale=True for floats in 0..255, False for [0, 1]."
+                    f"Image {index} has values from {low:.4g} to {high:.4g} where the palette's colours lie in [-1, 1]: pass "
+                    "do_rescale=True for floats in 0..255, and False for floats in [0, 1]."
                 )
+            return image
+
+        pixels = [
+            image if can_look_up and is_eight_bit(image) else palette_range(index, image)
+            for index, image in enumerate(sized)
+        ]
         features = BatchFeature(
             {"input_ids": _quantize_images(pixels, np.asarray(clusters))}, tensor_type=return_tensors
         )
@@ -404,13 +410,14 @@ def _fetch(source: ImageSource, index: int, timeout: float | None) -> AnyImage:
         raise ValueError(f"Image {name} cannot be read: {error}") from error
 
 
-def _flatten(images: Any) -> Iterator[AnyImage]:
-    """Yield the images in nested lists and in arrays (B, ...) of images."""
-    if isinstance(images, (list, tuple)) or (not isinstance(images, Image.Image) and images.ndim > 3):
-        for image in images:
-            yield from _flatten(image)
-    else:
-        yield images
+def _flatten(images: Any) -> list[AnyImage]:
+    """Return the images in nested lists and in arrays (B, ...) of images."""
+    if isinstance(images, Image.Image) or (not isinstance(images, (list, tuple)) and images.ndim <= 3):
+        return [images]
+    flat: list[AnyImage] = []
+    for image in images:
+        flat += (image,) if isinstance(image, Image.Image) else _flatten(image)
+    return flat
 
 
 def _normalizes_to_palette_range(

@@ -11,7 +11,6 @@ import base64
 import io
 import math
 import os
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,7 +28,7 @@ _CHANNELS = (1, 3, 4)
 _TORCH_INTEGERS = frozenset(
     {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 )
-_TURNED = range(2, 9)  # EXIF's orientations other than upright
+_ORIENTATION = int(ExifTags.Base.Orientation)
 _URLS = ("http://", "https://")
 _DATA_URL = "data:image/"
 
@@ -45,11 +44,11 @@ def open_image(source: ImageSource, timeout: float | None = None) -> AnyImage:
     before they take memory.
     """
     try:
-        if isinstance(source, (np.ndarray, torch.Tensor)):
-            _check_size(sorted(source.shape)[-2:])  # height and width in any layout
-            return source
         if isinstance(source, Image.Image):
             return _load(source)
+        if isinstance(source, (np.ndarray, torch.Tensor)):
+            _check_size(*sorted((1, *source.shape))[-2:])  # height and width in any layout
+            return source
         with Image.open(_find_file(source, timeout)) as image:
             return _load(image)
     except Image.DecompressionBombError as error:
@@ -88,17 +87,19 @@ def _find_file(source: Any, timeout: float | None) -> Any:
 
 
 def _load(image: Image.Image) -> Image.Image:
-    _check_size(image.size)
+    _check_size(*image.size)
     if image.format == "EPS":
         raise ValueError("an EPS file is a program, which Ghostscript would run: convert it to PNG")
     image.load()
-    return ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation) in _TURNED else image
+    exif = image.getexif()
+    is_turned = _ORIENTATION in exif and exif[_ORIENTATION] in range(2, 9)
+    return ImageOps.exif_transpose(image) if is_turned else image
 
 
-def _check_size(size: Sequence[int]) -> None:
+def _check_size(width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and math.prod(size) > limit:
-        raise ValueError(f"it has {' x '.join(map(str, size))} = {math.prod(size):,} pixels. {_limit_and_remedy()}")
+    if limit is not None and width * height > limit:
+        raise ValueError(f"it has {width} x {height} = {width * height:,} pixels. {_limit_and_remedy()}")
 
 
 def _limit_and_remedy() -> str:
