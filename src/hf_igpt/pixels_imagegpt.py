@@ -39,7 +39,7 @@ def open_image(source: ImageSource, timeout: float | None = None) -> AnyImage:
     """Return the image that `source` is or names: a PIL image, loaded, upright, in its own mode; or an array, unchanged.
 
     source: a PIL image, an array, a path, a URL, base64, or the bytes of an image file. timeout: in seconds, for downloads.
-    PIL images are turned upright by their EXIF tag, which the result lacks. What cannot be read is a ValueError that says
+    PIL images are turned upright by their EXIF tag, which the result lacks; a tag that cannot be read turns nothing. What cannot be read is a ValueError that says
     why and leaves it to the caller to name the image; so is an image of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels,
     before they take memory.
     """
@@ -47,8 +47,10 @@ def open_image(source: ImageSource, timeout: float | None = None) -> AnyImage:
         if isinstance(source, Image.Image):
             return _load(source)
         if isinstance(source, (np.ndarray, torch.Tensor)):
-            _check_size(*sorted((1, *source.shape))[-2:])  # height and width in any layout
-            return source
+            _check_size(*sorted((1, 1, *source.shape))[-2:])  # height and width in any layout
+            if torch.is_tensor(source) and (source.layout != torch.strided or source.is_meta):
+                raise ValueError("a tensor of pixels is dense and not on the meta device")
+            return source if torch.is_tensor(source) else np.asarray(source)  # no matrix, no masked array
         with Image.open(_find_file(source, timeout)) as image:
             return _load(image)
     except Image.DecompressionBombError as error:
@@ -91,7 +93,10 @@ def _load(image: Image.Image) -> Image.Image:
     if image.format == "EPS":
         raise ValueError("an EPS file is a program, which Ghostscript would run: convert it to PNG")
     image.load()
-    exif = image.getexif()
+    try:
+        exif = image.getexif()
+    except Exception:  # of any type; PIL raises it once for an image, and takes its tag for empty afterwards
+        return image
     is_turned = _ORIENTATION in exif and exif[_ORIENTATION] in range(2, 9)
     return ImageOps.exif_transpose(image) if is_turned else image
 
@@ -258,6 +263,8 @@ def _shape_error(image: ImageArray) -> ValueError:
 def _convert_pil_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    if image.mode in ("La", "RGBa"):  # premultiplied, which PIL converts to no other modes
+        image = image.convert(image.mode.upper())
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     image = image.convert("RGBA")
