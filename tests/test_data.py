@@ -22,8 +22,10 @@ from hf_igpt.data import (
     collate_tokens,
     digits,
     drop_unreadable,
+    find_image_files,
     load_images,
     load_labelled_images,
+    named_images,
     random_crop,
     read_image,
     repeat_stream,
@@ -158,6 +160,89 @@ def test_no_images(tmp_path):
     for place in (tmp_path, tmp_path / "empty", tmp_path / "nowhere", tmp_path / "none.parquet"):
         with pytest.raises(ValueError, match="No images could be loaded"):
             load_images(DataArguments(train_dir=str(place)))
+
+
+@pytest.mark.parametrize("name", ["photos [2020]", "a*b", "what?", "{x}", "!not#%20"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_that_look_like_patterns(tmp_path, name, streaming):
+    """And nothing of the folder beside it, which the name would match as a pattern."""
+    sizes = {"streaming": streaming, "max_eval_samples": 2 if streaming else None, "train_val_split": 0.34}
+    for place in (tmp_path / name, tmp_path / "a and b"):
+        make_folder(place, [f"{i} [x].png" for i in range(6)])
+        files = [str(path) for path in sorted(place.iterdir())]
+        table = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+        (tmp_path / "tables" / place.name).mkdir(parents=True)
+        table.to_parquet(tmp_path / "tables" / place.name / "part.parquet")
+    tables = tmp_path / "tables" / name
+    for place in (tmp_path / name, tables, tables / "part.parquet"):
+        splits = load_images(DataArguments(train_dir=str(place), **sizes))
+        assert len(splits["validation"]) == 2 and len(list(splits["train"])) == 4
+
+
+def test_patterns_of_parquet_files(parquet):
+    shutil.copy(parquet / "part.parquet", parquet / "more.parquet")
+    splits = load_images(DataArguments(train_dir=str(parquet / "*.parquet")))
+    assert len(splits["train"]) + len(splits["validation"]) == 60
+
+
+def test_what_is_no_source_is_refused_with_what_is(folder, tmp_path):
+    shutil.make_archive(str(tmp_path / "photos"), "zip", folder)
+    (tmp_path / "labels.csv").write_text("a,b")
+    table = datasets.Dataset.from_dict({"image": [1, 2]})
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved splits")
+    make_folder(tmp_path / "linked", ["dog/1.png", "dog/2.png"])
+    (tmp_path / "linked" / "cat").symlink_to(folder / "cat")
+    make_folder(tmp_path / "a::b", ["1.png", "2.png"])
+    for place, message in {
+        "photos.zip": "photos.zip is not a parquet file.*unpack an archive",
+        "images/cat/01.png": "01.png is not a parquet file. Name the folder of images",
+        "images/cat/*.png": "01.png is not a parquet file. Name the folder of images",
+        "labels.csv": "labels.csv is not a parquet file",
+        "none/*.parquet": "there is no such file or folder",
+        "saved": "save_to_disk wrote this folder: write parquet files with to_parquet",
+        "saved splits": "save_to_disk wrote this folder",
+        "linked": "cat is a link to a folder: put the folder itself there",
+        "a::b": "rename the folder",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_images(DataArguments(train_dir=str(tmp_path / place)))
+    with pytest.raises(ValueError, match="there is no such file or folder"):
+        load_images(DataArguments(train_dir=""))
+
+
+def test_files_that_systems_leave_are_no_images(folder, tmp_path):
+    (folder / "cat" / "._01.png").write_bytes(b"\0\5\26\7")
+    make_folder(folder, [".thumbnails/1.png", "__MACOSX/1.png"])
+    assert len(find_image_files(folder)) == 40 == len(named_images([str(folder)]))
+    splits = load_images(DataArguments(train_dir=str(folder)))
+    assert len(splits["train"]) + len(splits["validation"]) == 40
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "._01.png").write_bytes(b"\0\5\26\7")
+    with pytest.raises(ValueError, match="the folder holds no image files"):
+        load_images(DataArguments(train_dir=str(only)))
+
+
+def test_files_that_datasets_passes_over_are_counted(folder, capsys):
+    picture(0).save(folder / "cat" / "x.qoi")
+    load_images(DataArguments(train_dir=str(folder)))
+    assert "1 files of" in (said := capsys.readouterr().out) and "x.qoi" in said
+
+
+def test_one_limit_of_pixels(folder, processor, monkeypatch):
+    images = load_images(DataArguments(train_dir=str(folder)))["train"]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(ValueError, match=r"Image size \(120 pixels\).*At most 50 are read.*--on_bad_image skip"):
+        tokenize(images, processor)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 119)
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(ValueError, match="12 x 10 = 120 pixels. At most 119"),
+    ):
+        tokenize(images, processor)
+    with pytest.raises(ValueError, match="10 x 12 = 120 pixels"):
+        read_image(np.zeros((10, 12, 3), np.uint8))
 
 
 def test_tokens_are_the_processors_and_small(folder, processor, palette):

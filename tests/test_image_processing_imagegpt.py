@@ -301,7 +301,7 @@ def test_eight_bit_images_give_the_tokens_of_the_general_path(palette, monkeypat
         rgba,
         PIXELS[..., :1],
         PIXELS[..., 0],
-        PIXELS[:1],  # (1, 30, 3): one grey image of 30 x 3, as transformers reads it
+        PIXELS[:1],  # (1, 30, 3): channels last, as in the others
         PIXELS[:3],
         torch.tensor(PIXELS),
         torch.tensor(PIXELS.transpose(2, 0, 1)),
@@ -387,6 +387,57 @@ def test_floats_that_are_rescaled_already_are_warned_of(palette):
         with CaptureLogger(logger) as captured:
             Processor(clusters=palette, size=8)(image, **options)
         assert ("do_rescale=False" in captured.out) == warns
+
+
+@pytest.mark.parametrize("library", [np, torch])
+def test_floats_of_the_wrong_scale_are_refused(palette, library):
+    processor = Processor(clusters=palette, size=8)
+    for floats, options in (
+        (PIXELS * 1.0, {"do_rescale": False, "do_resize": False}),
+        (PIXELS * 0.999, {"do_rescale": False}),
+        (PIXELS * 257.0, {"do_resize": False}),
+    ):
+        with pytest.raises(ValueError, match="from .* to .* where the palette's colours lie|outside the range"):
+            processor(floats if library is np else torch.tensor(floats), **options)
+    if BACKEND == "pil":  # it resizes whole numbers as 8-bit images, which keep their scale
+        whole = PIXELS * 1.0 if library is np else torch.tensor(PIXELS * 1.0)
+        assert np.array_equal(processor(whole, do_rescale=False)["input_ids"], processor(whole)["input_ids"])
+    for options in ({}, {"do_resize": False}):
+        for value in (np.nan, np.inf):
+            floats = PIXELS / 255
+            floats[0, 0] = value
+            with pytest.raises(ValueError, match="NaN or infinite"):
+                processor(floats if library is np else torch.tensor(floats), **options)
+
+
+def test_levels_keep_their_scale_without_rescaling(palette):
+    """8-bit images, and floats in [0, 1], give the tokens that 8-bit images give by default."""
+    processor = Processor(clusters=palette, do_resize=False)
+    expected = processor(PIXELS)["input_ids"]
+    for image in (PIXELS, Image.fromarray(PIXELS), torch.tensor(PIXELS), PIXELS / 255):
+        assert np.array_equal(processor(image, do_rescale=False)["input_ids"], expected)
+    halves = {"image_mean": [127.5] * 3, "image_std": [127.5] * 3, "do_rescale": False}
+    for image in (PIXELS, PIXELS * 1.0):  # options of one's own
+        assert (np.asarray(processor(image, **halves)["input_ids"]) == expected).mean() > 0.99
+
+
+def test_channels_that_are_no_colours_are_refused(palette):
+    for image in (np.dstack([PIXELS, PIXELS[..., 0]]), PIXELS[..., 0], PIXELS[..., :1] / 255, PHOTO.convert("L")):
+        for options in ({}, {"do_resize": False}):
+            with pytest.raises(ValueError, match="channels, not RGB: pass do_convert_rgb=True"):
+                Processor(clusters=palette, size=8, do_convert_rgb=False, **options)(image)
+
+
+def test_one_limit_of_pixels(palette, tmp_path, monkeypatch):
+    PHOTO.save(tmp_path / "photo.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90 * 60 - 1)
+    for image in (PHOTO, np.asarray(PHOTO), torch.tensor(np.asarray(PHOTO)), np.stack([np.asarray(PHOTO)] * 2)):
+        with pytest.raises(
+            ValueError, match=r"Image \d cannot be read: it has .* = 5,400 pixels. At most 5,399 are read"
+        ):
+            Processor(clusters=palette, size=8)(image)
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError, match=r"photo\.png .* = 5,400 pixels"):
+        Processor(clusters=palette, size=8)(tmp_path / "photo.png")
 
 
 if BACKEND == "pil":

@@ -1,13 +1,22 @@
 """`pipeline("image-completion")`, and layers in `pipeline("image-feature-extraction")`."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
 import torch
 from conftest import randomized, small_config
 from PIL import Image
-from transformers import ViTConfig, ViTImageProcessorPil, ViTModel, pipeline
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel, pipeline
 
-from hf_igpt import ImageGPTForCausalImageModeling, ImageGPTImageProcessorPil
+from hf_igpt import (
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+    ImageGPTImageProcessorPil,
+    ImageGPTModel,
+)
+from hf_igpt.data import read_image
 from hf_igpt.features_imagegpt import features_of_tokens
 from hf_igpt.generation_imagegpt import complete
 from hf_igpt.pipelines_imagegpt import ImageCompletionPipeline
@@ -84,6 +93,111 @@ def test_checkpoints_of_transformers(palette, tmp_path):
     randomized(ImageGPTForCausalImageModeling(config)).save_pretrained(tmp_path)
     ImageGPTImageProcessorPil(clusters=palette[:16], size=8).save_pretrained(tmp_path)
     assert len(pipeline("image-completion", str(tmp_path))(photo(0))) == 1
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+def kinds_of_images():
+    """Images that PIL's plain conversion to RGB, or a missing rotation, would change, by name."""
+    pixels = np.random.default_rng(5).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    grey = pixels[..., 0]
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    images = {
+        "RGB": (Image.fromarray(pixels[..., :3]), {}),
+        "upright by its tag": (Image.fromarray(pixels[..., :3]), {"exif": turned}),
+        "transparent": (Image.fromarray(pixels), {}),
+        "transparent and turned": (Image.fromarray(pixels), {"exif": turned}),
+        "grey and transparent": (Image.fromarray(pixels).convert("LA"), {}),
+        "palette with a transparent colour": (Image.fromarray(pixels[..., :3]).quantize(16), {"transparency": 3}),
+        "16 bits": (Image.fromarray(grey.astype(np.uint16) * 257), {}),
+        "16 bits, one grey transparent": (Image.fromarray(grey.astype(np.uint16) * 257), {"transparency": 257}),
+        "1 bit": (Image.fromarray(grey > 99), {}),
+    }
+    for name, (image, options) in images.items():
+        image.save(buffer := io.BytesIO(), "PNG", **options)
+        yield name, buffer.getvalue()
+    for name, image in {
+        "floats in [0, 1]": Image.fromarray((grey / 255).astype(np.float32)),
+        "floats in 0..255": Image.fromarray(grey.astype(np.float32)),
+        "32 bits": Image.fromarray(grey.astype(np.int32) * 257),
+        "CMYK": Image.fromarray(pixels[..., :3]).convert("CMYK"),
+    }.items():
+        image.save(buffer := io.BytesIO(), "TIFF")
+        yield name, buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    """The three pipelines with one processor, by task; each as a function that returns an image's tokens."""
+    palette = np.random.default_rng(0).uniform(-1, 1, (16, 3))
+    processor = ImageGPTImageProcessorPil(clusters=palette, size=8)
+    classes = (ImageGPTForCausalImageModeling, ImageGPTForImageClassification, ImageGPTModel)
+    tasks = ("image-completion", "image-classification", "image-feature-extraction")
+    return {
+        task: pipeline(task, model=kind(small_config()).eval(), image_processor=processor)
+        for task, kind in zip(tasks, classes, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), list(kinds_of_images()), ids=lambda value: value if type(value) is str else ""
+)
+def test_every_entrance_gives_the_same_tokens(pipelines, name, content, tmp_path):
+    processor = pipelines["image-completion"].image_processor
+    path = tmp_path / "image [1].png"
+    path.write_bytes(content)
+    image = read_image({"bytes": content, "path": None})  # as in training
+    expected = processor(np.asarray(image), return_tensors="pt")["input_ids"]
+    assert len(set(expected[0].tolist())) > 1  # neither white nor black
+    text = base64.b64encode(content).decode()
+    sources = {
+        "path": str(path),
+        "Path": path,
+        "bytes": content,
+        "base64": text,
+        "data": f"data:image/png;base64,{text}",
+    }
+    sources["PIL"] = Image.open(path)
+    for kind, source in sources.items():
+        for entrance in (processor, *(pipe.preprocess for pipe in pipelines.values())):
+            assert torch.equal(torch.as_tensor(entrance(source)["input_ids"]), expected), kind
+        assert np.array_equal(processor([source, source])["input_ids"], expected.repeat(2, 1))
+    assert torch.equal(
+        torch.as_tensor(processor(read_image({"bytes": None, "path": str(path)}))["input_ids"]), expected
+    )
+
+
+def test_pipelines_refuse_what_cannot_be_read_by_name(pipelines, tmp_path, monkeypatch):
+    photo(0).save(tmp_path / "photo.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "photo.png").read_bytes()[:60])
+    (tmp_path / "._photo.png").write_bytes(b"\0\5\26\7")
+    for pipe in pipelines.values():
+        for name in ("torn.png", "._photo.png", "none.png"):
+            for source in (tmp_path / name, str(tmp_path / name)):
+                with pytest.raises(ValueError, match=f"Image .*{name} cannot be read: "):
+                    pipe(source)
+        with pytest.raises(ValueError, match=r"torn\.png cannot be read: "):
+            pipe([photo(0), Image.open(tmp_path / "torn.png")])
+        with pytest.raises(ValueError, match="one image, or a list of images; found 2 in one"):
+            pipe(np.zeros((2, 8, 8, 3), np.uint8))
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
+            with (
+                pytest.warns(Image.DecompressionBombWarning),
+                pytest.raises(ValueError, match=r"photo\.png .* = 600 pixels"),
+            ):
+                pipe(tmp_path / "photo.png")
+            with pytest.raises(ValueError, match="30 x 20 = 600 pixels. At most 599 are read"):
+                pipe(photo(0))
+
+
+def test_classification_of_other_models_is_unchanged():
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    classify = pipeline("image-classification", model=ViTForImageClassification(config), image_processor=processor)
+    assert len(classify(Image.new("RGB", (20, 20)))) == 2
 
 
 # -- features ---------------------------------------------------------------------------------------------------------

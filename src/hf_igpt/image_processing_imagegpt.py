@@ -208,7 +208,7 @@ class _ColorQuantization(BaseImageProcessor):
         """
         if do_rescale and any(_looks_rescaled(image) for image in images):
             logger.warning_once(
-                "The images are floats in [0, 1], which do_rescale takes for grey levels 0 to 255: all will be black. "
+                "The images are floats within [-1, 1], which do_rescale takes for grey levels 0 to 255: all will be black. "
                 "Pass do_rescale=False, or 8-bit images."
             )
         crop_first = do_center_crop and (crop_size is None or crop_size == size)
@@ -237,7 +237,12 @@ class _ColorQuantization(BaseImageProcessor):
             return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
         can_look_up = _normalizes_to_palette_range(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
 
-        def palette_range(index: int, image: Any) -> Any:
+        def to_palette_range(index: int, image: Any) -> Any:
+            channels = to_channels_first(image)
+            if len(channels) != 3:
+                raise ValueError(f"Image {index} has {len(channels)} channels, not RGB: pass do_convert_rgb=True.")
+            if can_look_up and is_eight_bit(image):
+                return image
             image = normalize_levels(image)
             low, high = float(image.min()), float(image.max())
             if max(-low, high) > _FARTHEST_COLOR:
@@ -248,7 +253,7 @@ class _ColorQuantization(BaseImageProcessor):
             return image
 
         pixels = [
-            image if can_look_up and is_eight_bit(image) else palette_range(index, image)
+            image if can_look_up and isinstance(image, Image.Image) else to_palette_range(index, image)
             for index, image in enumerate(sized)
         ]
         features = BatchFeature(
@@ -356,8 +361,9 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):  # type: ignore
     """Convert images to tokens with PIL.
 
     Call it with one image or a list of images of any size: PIL images of any mode, numpy or torch arrays (H, W, C) or
-    (C, H, W), paths or URLs. Returns `input_ids` (B, N) int64, N = height·width in raster order, values 0..K-1.
-    Transparency is composited onto white; 16-bit images are scaled to 8 bits.
+    (C, H, W), paths, URLs, base64 or the bytes of files. Returns `input_ids` (B, N) int64, N = height·width in raster order, values 0..K-1.
+    Images are turned upright by their EXIF tag, transparency is composited onto white, 16-bit images are scaled to 8 bits,
+    and more pixels than `PIL.Image.MAX_IMAGE_PIXELS` are a ValueError: `pixels_imagegpt` says what every image becomes.
 
     clusters: the palette, (K, 3) RGB colours in [-1, 1]. size: the token grid, 32x32 by default. do_center_crop: crop
     the largest central square before resizing, so that photos keep their proportions (False by default, as in
@@ -444,7 +450,7 @@ def _looks_rescaled(image: AnyImage) -> bool:
     """Whether an array of floats seems to hold grey levels that were already divided by 255."""
     if isinstance(image, Image.Image) or not is_floating(image):
         return False
-    return bool(image.min() >= 0 and 0 < image.max() <= 1)
+    return bool(image.min() >= -1 and 0 < image.max() <= 1)
 
 
 def _quantize_images(images: list[AnyImage], clusters: np.ndarray) -> np.ndarray | list[np.ndarray]:

@@ -39,9 +39,9 @@ def open_image(source: ImageSource, timeout: float | None = None) -> AnyImage:
     """Return the image that `source` is or names: a PIL image, loaded, upright, in its own mode; or an array, unchanged.
 
     source: a PIL image, an array, a path, a URL, base64, or the bytes of an image file. timeout: in seconds, for downloads.
-    PIL images are turned upright by their EXIF tag, which the result lacks; a tag that cannot be read turns nothing. What cannot be read is a ValueError that says
-    why and leaves it to the caller to name the image; so is an image of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels,
-    before they take memory.
+    PIL images are turned upright by their EXIF tag, which the result lacks; a tag that cannot be read turns nothing. What
+    cannot be read is a ValueError that says why and leaves it to the caller to name the image, and so is an image of more
+    than `PIL.Image.MAX_IMAGE_PIXELS` pixels, before they take memory.
     """
     try:
         if isinstance(source, Image.Image):
