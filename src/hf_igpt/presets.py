@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 N_COLORS = 512  # K, the "9-bit colour palette" [V2 3.2]
 SEED = 42  # ours, and the one that transformers' Trainer has: of splits, palettes, training and drawing
 MAX_COLORS = 65535  # ours: tokens and SOS, which is K, are stored as uint16
+MAX_SIDE = 4096  # ours: pixels, of an image that a processor makes; many more than any model here reads
 PALETTE_PIXELS = 1_000_000  # ours: pixels sampled from all images to fit a palette
 IMAGE_SIZE = 32  # H = W, the resolution of the released models [code run.py n_px]
 MASK_PROBABILITY = 0.15  # [V2 2.1, code run.py bert_mask_prob]

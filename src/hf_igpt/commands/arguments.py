@@ -5,6 +5,7 @@ Importing this module loads nothing heavy, so that flags can be printed at once.
 
 from dataclasses import dataclass, field
 
+from ..data.arguments import check_numbers
 from ..presets import (
     EVALUATION_MASKS,
     KNN_NEIGHBORS,
@@ -37,6 +38,9 @@ class ClustersArguments:
     )
     seed: int = field(default=SEED, metadata={"help": "Seed of the sampling, of k-means and of the held-out split."})
 
+    def __post_init__(self) -> None:
+        check_numbers(self, {f"from 1 to {MAX_COLORS}": ("num_colors",), "at least 1": ("num_pixels",)})
+
 
 @dataclass
 class SampleArguments:
@@ -68,6 +72,14 @@ class SampleArguments:
         default=False,
         metadata={"help": "Weights and cache in bfloat16: faster on GPUs; a seed then draws other pictures."},
     )
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "at least 1": ("num_completions", "batch_size"),
+            "positive": ("temperature",),
+            "above 0 and at most 1": ("top_p",),
+        }
+        check_numbers(self, ranges)
 
 
 @dataclass
@@ -132,7 +144,7 @@ class ProbeArguments:
     seed: int = field(default=SEED, metadata={"help": "Seed of splits, subsets, masks and the untrained network."})
 
     def __post_init__(self) -> None:
-        positive = (
+        counts = (
             "num_concatenated",
             "max_iter",
             "sgd_steps",
@@ -141,13 +153,12 @@ class ProbeArguments:
             "num_masks",
             "batch_size",
         )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is at least 1; found {getattr(self, name)}.")
-        for name in ("regularization", "sgd_learning_rates", "labels_per_class"):
-            values = getattr(self, name)
-            if any(not value > 0 for value in values) or not (values or name == "labels_per_class"):
-                raise ValueError(f"--{name} are positive numbers; found {values}.")
+        strengths = ("regularization", "sgd_learning_rates")
+        ranges = {"at least 1": counts, "positive": (*strengths, "labels_per_class"), "any number": ("layers",)}
+        check_numbers(self, ranges)
+        for name in strengths:
+            if not getattr(self, name):
+                raise ValueError(f"--{name} are positive numbers; found none.")
         if self.probe not in ("lbfgs", "sgd"):
             raise ValueError(f"--probe is lbfgs or sgd; found {self.probe!r}.")
 
@@ -181,9 +192,7 @@ class ScoreArguments:
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, … Default: an accelerator if there is one."})
 
     def __post_init__(self) -> None:
-        for name, least in (("num_held_out", 0), ("num_maps", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} is at least {least}; found {getattr(self, name)}.")
+        check_numbers(self, {"at least 1": ("num_maps", "batch_size")})
         if not (self.images or self.num_held_out):
             raise ValueError("There is nothing to score: give --images or --num_held_out.")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import transformers
 import yaml
@@ -19,6 +20,10 @@ import hf_igpt
 
 if TYPE_CHECKING:
     import torch
+
+
+# What safetensors, archives of torch and numpy say of a full disk.
+NO_ROOM = ("os error 28", "os error 122", "PytorchStreamWriter failed writing", "unexpected pos", " requested and ")
 
 
 def parse_arguments(*dataclasses: Any, description: str, first: str | None = None) -> tuple[Any, ...]:
@@ -76,20 +81,40 @@ def run_script(function: str, *dataclasses: Any, description: str, first: str | 
         quiet_libraries()
         module, _, called = function.partition(":")
         getattr(import_module(module), called)(*arguments)
-    except (ValueError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, OSError, ImportError) as error:  # the last of packages that an argument needs
+        end(name, error)
     except KeyboardInterrupt:
         print(
             f"{name}: interrupted. The same command continues from the last checkpoint, if there is one.",
             file=sys.stderr,
         )
         sys.exit(130)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        end(name, error)
     finally:
         import torch
 
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # or its threads abort the process at exit
+
+
+def end(name: str, error: Exception) -> NoReturn:
+    """End the program `name` with one line and status 2."""
+    what = f"the disk is full; make room and repeat the command ({error})" if is_disk_full(error) else str(error)
+    print(f"{name}: error: {' '.join(what.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is of a file that found no room; libraries have errors of their own for it."""
+    while error is not None:
+        said = str(error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in said for words in NO_ROOM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def quiet_libraries() -> None:
@@ -102,7 +127,12 @@ def quiet_libraries() -> None:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The `torch.device` called `name`, or by default an accelerator if there is one."""
+    """The `torch.device` called `name`, or by default an accelerator if there is one. One that is not there: ValueError."""
     import torch
 
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device

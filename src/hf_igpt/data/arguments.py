@@ -1,7 +1,47 @@
 """The arguments that name images. Importing this module loads nothing heavy, so that flags can be printed at once."""
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
+
+from ..presets import MAX_COLORS, MAX_SIDE
+
+
+# What numbers may be, in the words of the error; other numbers are at least 0.
+RANGES: dict[str, Callable[[float], bool]] = {
+    "at least 0": lambda number: number >= 0,
+    "at least 1": lambda number: number >= 1,
+    "at least 1, or -1 for none": lambda number: number >= 1 or number == -1,
+    "positive": lambda number: number > 0,
+    "between 0 and 1": lambda number: 0 < number < 1,
+    "above 0 and at most 1": lambda number: 0 < number <= 1,
+    "at least 0 and below 1": lambda number: 0 <= number < 1,
+    "from 0 to 4294967295": lambda number: 0 <= number < 2**32,  # the seeds that numpy takes
+    f"from 1 to {MAX_COLORS}": lambda number: 1 <= number <= MAX_COLORS,
+    f"from 1 to {MAX_SIDE}": lambda number: 1 <= number <= MAX_SIDE,
+    "any number": lambda number: True,
+}
+SEEDS = ("seed", "data_seed", "split_seed")
+
+
+def check_numbers(arguments: Any, ranges: dict[str, tuple[str, ...]]) -> None:
+    """ValueError unless all numbers of a dataclass of arguments, and those in its lists, are finite and in their range.
+
+    ranges: names of fields by what they may be, a key of `RANGES`. Seeds are numpy's; all others are at least 0.
+    """
+    of_field = dict.fromkeys(SEEDS, "from 0 to 4294967295")
+    of_field |= {name: words for words, names in ranges.items() for name in names}
+    for name in (option.name for option in fields(arguments)):
+        value = getattr(arguments, name, None)
+        words = of_field.get(name, "at least 0")
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and not (math.isfinite(number) and RANGES[words](number)):
+                many = isinstance(value, (list, tuple))
+                words = f"{words} numbers" if many and words == "positive" else words
+                words += "" if math.isfinite(number) else " and finite"
+                raise ValueError(f"--{name} {'are' if many else 'is'} {words}; found {value}.")
 
 
 @dataclass
@@ -79,6 +119,14 @@ class DataArguments:
     data_cache_dir: str | None = field(default=None, metadata={"help": "Folder in which `datasets` keeps its cache."})
 
     def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            {
+                "at least 1": ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"),
+                f"from 1 to {MAX_SIDE}": ("image_size",),
+                "between 0 and 1": ("train_val_split",),
+            },
+        )
         if self.on_bad_image not in ("error", "skip"):
             raise ValueError(f"--on_bad_image is error or skip; found {self.on_bad_image!r}.")
         if self.dataset_name is not None and self.train_dir is not None:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
+from ..data.arguments import check_numbers
 from ..presets import (
     ADAM_BETAS,
     EVALUATION_MASKS,
@@ -19,6 +21,7 @@ from ..presets import (
     FINETUNING_PATIENCE,
     FINETUNING_SCHEDULE,
     GENERATIVE_LOSS_WEIGHT,
+    MAX_COLORS,
     SIZES,
     WARMUP_EPOCHS,
     WARMUP_FRACTION,
@@ -55,6 +58,9 @@ class ModelArguments:
     )
     model_revision: str = field(default="main", metadata={"help": "Revision of the checkpoint: branch, tag or commit."})
     cache_dir: str | None = field(default=None, metadata={"help": "Folder in which downloaded checkpoints are kept."})
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {f"from 1 to {MAX_COLORS}": ("num_colors",)})
 
     def hub_source(self) -> dict[str, Any]:
         """Return the arguments with which `from_pretrained` finds the checkpoint on the Hub."""
@@ -149,6 +155,18 @@ class RecipeArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ValueError(f"No preset {self.size!r}: the sizes are {', '.join(SIZES)}.")
+        ranges = {
+            "at least 1": (
+                *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+                *("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_timeout"),
+                "num_masks",
+            ),
+            "at least 1, or -1 for none": ("max_steps",),
+            "positive": ("num_train_epochs", "max_minutes", "eval_steps", "save_steps", "logging_steps"),
+            "at least 0 and below 1": ("adam_beta1", "adam_beta2"),
+            "any number": ("local_rank", "ddp_bucket_cap_mb"),  # the launcher's and torch's own
+        }
+        check_numbers(self, ranges)
         recipe = SIZES[self.size]
         self.batch_given = self.per_device_train_batch_size is not None
         self.warmup_given = self.warmup_steps is not None
@@ -188,14 +206,46 @@ class RecipeArguments(TrainingArguments):
             )
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor is not supported: the loss is the model's exact likelihood.")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"--max_minutes is positive; found {self.max_minutes}.")
         if self.max_minutes is not None and self.lr_scheduler_type not in ("cosine", "constant"):
             raise ValueError("--max_minutes decays the learning rate by a cosine: leave --lr_scheduler_type out.")
         if self.prediction_loss_only:
             raise ValueError(
                 "--prediction_loss_only is not supported: nats per pixel are computed from the predictions."
             )
+        if self.mixed_precision == "fp16" and self.use_cpu:
+            raise ValueError("--fp16 needs a GPU, on a CPU it would be float32: leave it out, or give --bf16.")
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise ValueError(
+                "--dataloader_persistent_workers keeps workers: give --dataloader_num_workers, at least 1."
+            )
+        self._check_optimizer()
+
+    def _check_metric(self, *metrics: str) -> None:
+        """ValueError unless the best model is chosen by one of `metrics`, which are measured, and the right way round."""
+        name = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if name not in metrics:
+            raise ValueError(f"--metric_for_best_model is one of {[*metrics]} here; found {name}.")
+        if self.greater_is_better not in (None, name == "accuracy"):
+            raise ValueError(
+                f"--greater_is_better {self.greater_is_better} would keep the worst model by {name}: leave it out."
+            )
+
+    def _check_optimizer(self) -> None:
+        """ValueError if the package of --optim is not installed, or it or the schedule lacks an argument or has a wrong one."""
+        from transformers import Trainer, get_scheduler  # not above: it takes seconds, and --help needs none
+
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self, torch.nn.Module())
+        except (ImportError, ValueError) as error:
+            if isinstance(error, ImportError) or not self.optim_target_modules:  # whose names only the real model has
+                given = f", --optim_args {self.optim_args}" if self.optim_args else ""
+                raise ValueError(f"--optim {OptimizerNames(self.optim).value}{given}: {error}") from error
+        any_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        try:
+            get_scheduler(self.lr_scheduler_type, any_optimizer, 0, 1, self.lr_scheduler_kwargs)
+        except (TypeError, ValueError) as error:
+            name = SchedulerType(self.lr_scheduler_type).value
+            raise ValueError(f"--lr_scheduler_type {name}, --lr_scheduler_kwargs: {error}") from error
 
     def per_device_share(self, batch_size: int) -> int:
         """Return the images per process and forward pass that make `batch_size` images per optimiser step.
@@ -313,6 +363,7 @@ class PretrainingArguments(RecipeArguments):
     def __post_init__(self) -> None:
         self.milestone_fractions = parse_fractions(self.milestones)
         super().__post_init__()
+        self._check_metric("nats_per_pixel", "loss")
 
 
 @dataclass
@@ -373,16 +424,10 @@ class FinetuningArguments(RecipeArguments):
             self.num_train_epochs = FINETUNING_EPOCHS
         if self.warmup_steps is None and self.warmup_epochs is None:
             self.warmup_steps = 0
-        if not self.generative_loss_weight >= 0:
-            raise ValueError(f"--generative_loss_weight is at least 0; found {self.generative_loss_weight}.")
-        if self.num_masks < 1:
-            raise ValueError(f"--num_masks is at least 1; found {self.num_masks}.")
-        metrics = ["accuracy", "loss", *(["nats_per_pixel"] if self.generative_loss_weight else [])]
-        if self.metric_for_best_model not in metrics:
-            raise ValueError(f"--metric_for_best_model is one of {metrics} here; found {self.metric_for_best_model}.")
         if self.greater_is_better is None:
             self.greater_is_better = self.metric_for_best_model == "accuracy"
         super().__post_init__()
+        self._check_metric("accuracy", "loss", *(["nats_per_pixel"] if self.generative_loss_weight else []))
 
 
 def parse_fractions(text: str | None) -> list[float]:
