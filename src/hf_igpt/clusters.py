@@ -24,6 +24,7 @@ _CELLS = ((32, 1), (8, 6), (4, MAX_COLORS))
 _WORK = 32768  # distances per block while the table is built
 # A generous bound on the rounding error of a squared distance between colours in [-1, 1]: a few times 12 x 2^-52.
 _ROUNDING = 1e-12
+_LARGEST_JSON = 100 * MAX_COLORS * 3  # bytes; a number and the space around it take fewer than 100
 _PORTION = 20  # Lloyd iterations per update of the progress bar
 _MAX_ITERATIONS = 1000
 
@@ -31,14 +32,20 @@ _MAX_ITERATIONS = 1000
 def check_palette(clusters: ArrayLike) -> np.ndarray:
     """Return `clusters` as a float64 array (K, 3), or raise ValueError.
 
-    Accepts anything array-like (lists, numpy, torch). Colours must be finite and lie in [-1, 1]; colours in 0..255 are
-    rejected rather than rescaled on a guess. Colours may repeat; the lowest index of equal rows is used.
+    Accepts anything array-like (lists, numpy, torch) of numbers. Colours must be finite and lie in [-1, 1]; colours in 0..255
+    are rejected rather than rescaled on a guess. Colours may repeat; the lowest index of equal rows is used.
     """
-    palette = np.asarray(clusters, dtype=np.float64)
+    try:
+        palette = np.asarray(clusters)
+    except (RuntimeError, TypeError, ValueError) as error:  # rows of different lengths, tensors that are elsewhere
+        raise ValueError(f"A palette is an array of numbers, of shape (K, 3): {error}") from error
+    if palette.dtype.kind not in "fiu":
+        raise ValueError(f"A palette is an array of numbers, of shape (K, 3); found {palette.dtype}, {palette!r:.80}.")
     if palette.ndim != 2 or palette.shape[1] != 3 or not 1 <= len(palette) <= MAX_COLORS:
         raise ValueError(
             f"A palette has shape (K, 3) with 1 <= K <= {MAX_COLORS}, one RGB colour per row; found shape {palette.shape}."
         )
+    palette = palette.astype(np.float64, copy=False)
     if not np.isfinite(palette).all() or palette.min() < -1 or palette.max() > 1:
         raise ValueError(
             f"Palette colours lie in [-1, 1]; found values from {palette.min():.4g} to {palette.max():.4g}. "
@@ -306,13 +313,17 @@ def load_palette(path: str | Path) -> np.ndarray:
         raise ValueError(
             f"No palette at {file}: give a .npy file, a preprocessor_config.json or a folder that holds one."
         )
-    if file.suffix == ".npy":
-        return check_palette(np.load(file, allow_pickle=False))
-    if file.suffix == ".json":
-        clusters = json.loads(file.read_text()).get("clusters")
+    if file.suffix not in (".npy", ".json"):
+        raise ValueError(f"A palette is a .npy or .json file; found {file.name}.")
+    try:
+        if file.suffix == ".npy":  # mapped, so that nothing is read before its header is believed
+            return np.array(check_palette(np.lib.format.open_memmap(file, mode="r")))
+        if file.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"no palette of {MAX_COLORS} colours takes {file.stat().st_size:,} bytes")
+        options = json.loads(file.read_text(encoding="utf-8"))
+        clusters = options.get("clusters") if isinstance(options, dict) else None
         if clusters is None:
-            raise ValueError(
-                f"{file} has no `clusters`: it does not belong to an ImageGPT image processor with a palette."
-            )
+            raise ValueError("it has no `clusters`, and does not belong to an ImageGPT image processor with a palette")
         return check_palette(clusters)
-    raise ValueError(f"A palette is a .npy or .json file; found {file.name}.")
+    except Exception as error:  # of many types: what reads numpy's headers and deep JSON has errors of its own
+        raise ValueError(f"{file} holds no palette: {error}") from error

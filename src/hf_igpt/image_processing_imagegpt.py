@@ -6,6 +6,8 @@ resizing filters differently, so the tokens of a resized photo may differ betwee
 
 import os
 from collections.abc import Mapping, Sequence
+from math import inf
+from numbers import Real
 from typing import Any, TypeAlias, Union
 
 import numpy as np
@@ -40,12 +42,17 @@ from .pixels_imagegpt import (
     to_pixels,
     to_rgb_image,
 )
-from .presets import IMAGE_SIZE
+from .presets import IMAGE_SIZE, MAX_SIDE
 
 
 # (height, width) in pixels, a mapping with these keys, or one number for a square.
 ImageSize: TypeAlias = Sequence[int] | Mapping[str, int] | SizeDict | int
 
+_NUMBERS = {  # option -> what it is, what it is above
+    "rescale_factor": ("a positive number", 0),
+    "image_mean": ("a number, or one for each of 3 channels", -inf),
+    "image_std": ("a positive number, or one for each of 3 channels", 0),
+}
 _MISSING_GREY = 128
 _FILTERS = frozenset(PILImageResampling)
 _FARTHEST_COLOR = 3  # from 0, on the palette's scale: other means and deviations than ours go beyond 1, but not so far
@@ -85,6 +92,15 @@ class _ColorQuantization(BaseImageProcessor):
 
     def __init__(self, clusters: ArrayLike | None = None, **kwargs: Any) -> None:
         super().__init__(clusters=None if clusters is None else check_palette(clusters), **kwargs)
+        _check_options(vars(self))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load a processor as transformers does; what its file cannot hold is a ValueError that names it."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{pretrained_model_name_or_path}, preprocessor_config.json: {error}") from error
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -119,6 +135,7 @@ class _ColorQuantization(BaseImageProcessor):
     def preprocess(self, images: str | ImageInput | Sequence[Any], *args: Any, **kwargs: Any) -> BatchFeature:
         """Convert images to tokens; see `ImageGPTImageProcessorPil`. Keyword arguments override the processor's options."""
         if args or kwargs.keys() - {"return_tensors"}:
+            _check_options(self._standardize_kwargs(**kwargs))
             return super().preprocess(images, *args, **kwargs)
         # This is the base class's method without its type check of the given options. Even if none are given, the check
         # takes as long as tokenising a small image.
@@ -170,13 +187,13 @@ class _ColorQuantization(BaseImageProcessor):
         clusters: ArrayLike | None = None,
         **kwargs: Any,
     ) -> None:
+        if resample not in _FILTERS:
+            _check_options({"resample": resample})
         # Without a crop size the crop is the largest square, so transformers' check, which requires one, is left out.
         do_center_crop = do_center_crop and crop_size is not None
         super()._validate_preprocess_kwargs(
             do_center_crop=do_center_crop, crop_size=crop_size, resample=resample, **kwargs
         )
-        if isinstance(resample, int) and resample not in _FILTERS:
-            raise ValueError(f"resample is one of PIL's resampling filters, {[*PILImageResampling]}; found {resample}.")
         if do_color_quantize and clusters is None:
             raise ValueError(
                 "This image processor has no palette. Pass `clusters`, an array (K, 3) of RGB colours in [-1, 1]; "
@@ -424,6 +441,29 @@ def _flatten(images: Any) -> list[AnyImage]:
     for image in images:
         flat += (image,) if isinstance(image, Image.Image) else _flatten(image)
     return flat
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """ValueError if an option is of a wrong type, no finite number, or asks for more pixels than any image should have."""
+    for name, value in options.items():
+        if isinstance(value, SizeDict):
+            for side, length in vars(value).items():
+                most = MAX_SIDE**2 if side.endswith("pixels") else MAX_SIDE
+                if length is not None and not (type(length) is int and 1 <= length <= most):
+                    raise ValueError(f"{name}: {side} is a whole number from 1 to {most}; found {length!r:.50}.")
+        elif name.startswith("do_") and not isinstance(value, (bool, type(None))):
+            raise ValueError(f"{name} is true or false; found {value!r:.50}.")
+        elif name == "resample" and isinstance(value, (int, float, str, list, dict)):  # torchvision's are neither
+            if not isinstance(value, int) or value not in _FILTERS:
+                raise ValueError(
+                    f"resample is one of PIL's resampling filters, {[*PILImageResampling]}; found {value!r:.50}."
+                )
+        elif name in _NUMBERS and value is not None:
+            what, least = _NUMBERS[name]
+            is_list = isinstance(value, (list, tuple, np.ndarray)) and len(value) == 3 and name != "rescale_factor"
+            for number in value if is_list else [value]:
+                if not (isinstance(number, Real) and type(number) is not bool and least < number < inf):
+                    raise ValueError(f"{name} is {what}; found {value!r:.50}.")
 
 
 def _normalizes_to_palette_range(
