@@ -8,7 +8,7 @@ import numpy as np
 from .. import clusters
 from ..data import DataArguments, TrainingImages
 from ..data.prepare import log_distortion
-from ..evaluation.records import RECORDS, UNITS, Record, write_records
+from ..evaluation.records import RECORDS, UNITS, Record, save_picture, whole_file, write_records
 from ..reporting import plots
 from .arguments import ClustersArguments
 from .folders import check_holds_only
@@ -25,8 +25,9 @@ def fit_clusters(args: ClustersArguments, data_args: DataArguments) -> list[Reco
         palette, _ = images.fit_palette(args.num_colors, args.num_pixels)
     distortion = clusters.distortion(images.sample_pixels("validation", args.num_pixels), palette)
     images.make_processor(palette).save_pretrained(folder)
-    np.save(folder / "palette.npy", palette)
-    plots.palette_picture(palette).save(folder / "palette.png")
+    with whole_file(folder / "palette.npy") as partial, partial.open("wb") as file:
+        np.save(file, palette)
+    save_picture(plots.palette_picture(palette), folder / "palette.png")
     records = [
         Record(
             task="palette",

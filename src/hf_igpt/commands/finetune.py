@@ -16,6 +16,7 @@ from ..evaluation.records import (
     fields_of_images,
     find_size,
     format_value,
+    save_picture,
     write_records,
 )
 from ..presets import FINETUNING_RATE
@@ -65,7 +66,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         resuming.check_same_arguments(checkpoint, args, images.is_stream)
     runs.write_run(args, model_args, images, model, len(train), checkpoint)
     if args.should_save:
-        plots.palette_picture(processor.palette).save(folder / "palette.png")
+        save_picture(plots.palette_picture(processor.palette), folder / "palette.png")
 
     patience = args.early_stopping_patience if args.load_best_model_at_end else None
     callbacks = [EarlyStoppingCallback(patience)] if patience else []
@@ -78,8 +79,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     votes = majority_vote(np.stack([classes for classes, _ in draws]), args.seed)
     records = make_finetuning_records(trainer, images, config is None, draws, votes, len(validation))
     if args.should_save:
-        plots.confusion_matrix(labels, votes, images.classes).save(folder / "confusion.png")
-        plots.accuracy_curve(trainer.state.log_history).save(folder / "training.png")
+        save_picture(plots.confusion_matrix(labels, votes, images.classes), folder / "confusion.png")
+        save_picture(plots.accuracy_curve(trainer.state.log_history), folder / "training.png")
         write_records(folder / RECORDS, records)
     log_summary(args, records)
     runs.finish(trainer)

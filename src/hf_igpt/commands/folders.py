@@ -3,17 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.records import own_file
+
 
 def folder_beside(model_name: str, output_dir: str | None, name: str = "") -> Path:
     """`output_dir` if it is given, else the folder `name` in the model's own (by default that itself).
 
-    A model on the Hub has no folder of its own: ValueError.
+    A model on the Hub has no folder of its own, and a link may not lead out of it: ValueError.
     """
     if output_dir is None and not Path(model_name).is_dir():
         raise ValueError(
             f"Give --output_dir: {model_name} is not a folder here, so there is none of its own to write to."
         )
-    return Path(output_dir) if output_dir is not None else Path(model_name) / name
+    return Path(output_dir) if output_dir is not None else own_file(model_name, name)
 
 
 def check_model_exists(model_name: str) -> None:

@@ -248,7 +248,13 @@ def read_throughput(args: PlanArguments, size: str, file: str) -> tuple[float, s
     config, precision = make_config(args, size), "bfloat16 autocast" if args.bf16 else "float32"
     side = math.isqrt(config.n_positions)
     rates = []
-    for record in read_records(file):
+    try:
+        records = read_records(file)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. It cannot be planned with: images_per_second is a positive number of images/s, devices a number"
+        ) from error
+    for record in records:
         model = (record.size, record.image_size, record.objective or "causal")
         wanted = (size, (side, side), config.objective)
         speed = record.metric == "tflops_per_second" or (record.metric == "images_per_second" and model == wanted)

@@ -18,6 +18,8 @@ from ..evaluation.records import (
     Record,
     describe_network,
     fields_of_images,
+    own_file,
+    save_picture,
     write_records,
 )
 from ..generation_imagegpt import fill_in, sample
@@ -69,13 +71,15 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     runs.write_run(args, model_args, images, model, n_images, checkpoint)
     reference = measure_counting_baselines(images, masked) if args.should_log else {}
     if args.should_save:
-        plots.palette_picture(processor.palette).save(folder / "palette.png")
+        save_picture(plots.palette_picture(processor.palette), folder / "palette.png")
 
     trainer = runs.build_trainer(args, model, train, held_out, processor, push)
     if args.num_samples and trainer.is_sharded:
         log_main("No samples are drawn during training, because the weights are sharded over processes.")
     elif args.num_samples:
-        trainer.add_callback(SamplePictures(make_picture_drawer(args, processor, held_out), folder / "samples"))
+        trainer.add_callback(
+            SamplePictures(make_picture_drawer(args, processor, held_out), own_file(folder, "samples"))
+        )
     about = {"task": "generation", "split": "held out"} | fields_of_images(images.name, processor)
 
     def measure(prefix: str, step: int) -> Record:
@@ -86,7 +90,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
 
     def keep_milestone() -> None:
         step = trainer.state.global_step
-        place = folder / MILESTONES / f"step-{step:07d}"
+        place = own_file(folder, f"{MILESTONES}/step-{step:07d}")
         with torch.random.fork_rng(devices=[]):  # measuring does not change what training draws
             record = measure("milestone", step)
         trainer.save_model(str(place), _internal_call=True)
@@ -101,7 +105,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     records += [runs.record_baseline(records[0], name, value) for name, value in reference.items()]
     if args.should_save:
         curve_baselines = {name: value for name, value in reference.items() if name != UNIFORM}
-        plots.training_curve(trainer.state.log_history, curve_baselines).save(folder / "training.png")
+        save_picture(plots.training_curve(trainer.state.log_history, curve_baselines), folder / "training.png")
         write_records(folder / RECORDS, records)
     log_summary(args, records, model.config.objective)
     runs.finish(trainer)

@@ -19,6 +19,7 @@ from ..evaluation.records import (
     describe_model,
     fields_of_images,
     format_value,
+    save_picture,
     write_records,
 )
 from ..features_imagegpt import check_layers, layers_around
@@ -84,7 +85,7 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> list[Record]:
             found.append(record)
         print_tested(found)
         subject.folder.mkdir(parents=True, exist_ok=True)
-        plots.layer_curves({subject.name: found}).save(subject.folder / "probe.png")
+        save_picture(plots.layer_curves({subject.name: found}), subject.folder / "probe.png")
         write_records(subject.folder / PROBE, found)
         print(f"Wrote {subject.folder / PROBE} and probe.png")
         records += found

@@ -9,7 +9,7 @@ import torch
 from .. import data
 from ..configuration_imagegpt import ImageGPTConfig
 from ..evaluation.held_out import select_held_out
-from ..evaluation.records import whole_file
+from ..evaluation.records import save_picture
 from ..generation_imagegpt import complete, sample
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling
 from ..reporting import plots
@@ -48,14 +48,12 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
         pictures: Any = sample(model, processor, num_images, **options)
         print(f"Drew {num_images} images, {(time.perf_counter() - start) / num_images * 1000:.0f} ms each")
         written.append(folder / "samples.png")
-        with whole_file(written[-1]) as partial:
-            plots.square_grid(pictures).save(partial, format="PNG")
+        save_picture(plots.square_grid(pictures), written[-1])
     if given:
         completions: Any = complete(model, processor, given, args.rows, args.num_completions, **options)
         written.append(folder / "completions.png")
         rows = plots.picture_of_completions(processor, given, completions, args.rows)
-        with whole_file(written[-1]) as partial:
-            plots.completions_picture(rows).save(partial, format="PNG")
+        save_picture(plots.completions_picture(rows), written[-1])
     for path in written:
         print(f"Wrote {path}")
     return written

@@ -21,6 +21,7 @@ from ..evaluation.records import (
     Record,
     fields_of_images,
     fields_of_model,
+    save_picture,
     whole_file,
     write_records,
 )
@@ -87,8 +88,7 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
             for image, nats in zip(images.names, images.nats_per_pixel, strict=True):
                 rows.writerow([image, images.kind, f"{nats:.6f}", f"{nats * BITS_PER_NAT:.6f}"])
     for picture_name, picture in pictures.items():
-        with whole_file(folder / picture_name) as partial:
-            picture.save(partial, format="PNG")
+        save_picture(picture, folder / picture_name)
     write_records(folder / SCORE, records)
     print_scores(sets, records)
     print(f"Wrote scores.csv, surprise.png, histogram.png and {SCORE} to {folder}")

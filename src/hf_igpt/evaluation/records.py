@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import transformers
+from PIL import Image
 
 from .. import __version__
 from ..configuration_imagegpt import ImageGPTConfig
@@ -112,8 +113,12 @@ class Record:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write that becomes `path` once all is written, and vanishes if that fails."""
+    """A file to write that becomes `path` once all is written, and vanishes if that fails.
+
+    Links are not followed: one at `path` is replaced.
+    """
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         partial.replace(path)
@@ -137,6 +142,36 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        picture.save(partial, format="PNG")
+
+
+def own_file(folder: str | Path, name: str) -> Path:
+    """The path of `name` in a folder; ValueError if a link leads out of the folder, to what is not the model's.
+
+    A snapshot in the Hub's cache is made of links to the blobs beside it, which are its own.
+    """
+    path, home = Path(folder, name), Path(folder).resolve()
+    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    if not any(path.resolve().is_relative_to(place) for place in homes):
+        raise ValueError(f"{path} leads out of {folder} by a link: put there what it leads to, or remove it.")
+    return path
+
+
+def read_json(path: str | Path, kind: type, what: str) -> Any:
+    """What a JSON file holds, which is of `kind`; anything else is a ValueError that names the file and `what` it should hold."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} does not hold {what}: {error}") from error
+    if not isinstance(found, kind):
+        raise ValueError(f"{path} does not hold {what}: it is a {type(found).__name__}, not a {kind.__name__}")
+    return found
+
+
 def write_records(path: str | Path, records: Sequence[Record]) -> None:
     """Write `records` to `path` in one piece: a reader never sees half a file."""
     path = Path(path)
@@ -148,11 +183,42 @@ def write_records(path: str | Path, records: Sequence[Record]) -> None:
 
 def read_records(path: str | Path) -> list[Record]:
     """The records in `path`, also those of the first format; a file that holds anything else is a ValueError."""
+    rows = read_json(path, list, "records")
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [Record(**(_upgrade(row) if "model" in row else row)) for row in rows]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        records = [Record(**(_upgrade(row) if "model" in row else row)) for row in rows]
+        for record in records:
+            _check_record(record)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold records: {error}") from error
+    return records
+
+
+# Of terminals and of the direction of text, and halves of characters.
+_HIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _check_record(record: Record) -> None:
+    """ValueError if a field holds what its annotation does not say, no number, control characters, or a path."""
+    for name, kind in get_type_hints(Record).items():
+        value = getattr(record, name)
+        allowed = {getattr(kind, "__origin__", kind)} | {getattr(part, "__origin__", part) for part in get_args(kind)}
+        if name == "details":
+            allowed = {dict}
+        elif name in ("image_size", "layers"):
+            allowed = {tuple, type(None)}
+        if type(value) not in allowed and not (float in allowed and type(value) is int):
+            raise ValueError(f"{name} is {value!r:.100}")
+        for part in value if isinstance(value, tuple) else [value]:
+            if isinstance(value, tuple) and type(part) is not int:
+                raise ValueError(f"{name} is {value!r:.100}")
+            if part != part:  # NaN
+                raise ValueError(f"{name} is not a number")
+            if isinstance(part, str) and _HIDDEN.search(part):
+                raise ValueError(f"{name} has control characters: {part!r:.100}")
+    if record.checkpoint is not None and Path(record.checkpoint).name != record.checkpoint:
+        raise ValueError(
+            f"checkpoint is the name of a folder, without those it is in; found {record.checkpoint!r:.100}"
+        )
 
 
 _OLD_BASELINES = {"position_unigram": "position unigram", "left": "left bigram", "left_up": "left-and-up trigram"}
@@ -213,11 +279,16 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     places = {"checkpoint-": folder.parent, "step-": folder.parent.parent}
     of_run = [place for prefix, place in places.items() if folder.name.startswith(prefix)]
-    file = next((place / RUN for place in (folder, *of_run) if (place / RUN).is_file()), None)
+    place = next((place for place in (folder, *of_run) if (place / RUN).is_file()), None)
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file else {}
+        run = {} if place is None else read_json(place / RUN, dict, "how a run was made")
+        if not isinstance(run.get("recipe", {}), dict):
+            raise ValueError(f"{place}/{RUN}: its recipe is no list of names and values")
     except ValueError as error:
-        raise ValueError(f"{file} cannot be read: {error}. Give another folder, or bring the file back.") from error
+        raise ValueError(
+            f"{place}/{RUN} cannot be read: {error}. Give another folder, or bring the file back."
+        ) from error
+    return run
 
 
 # -- fields ------------------------------------------------------------------------------------------------------------
@@ -340,5 +411,7 @@ def markdown_rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text of which nothing ends a line or a cell of a table, or begins a tag."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """Text of which nothing ends a line or a cell of a table, begins a tag, or becomes a link, a picture, code or emphasis."""
+    text = " ".join(_HIDDEN.sub(" ", text).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("://", ":&#47;/")
+    return re.sub(r"[\\`*~$|\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)

@@ -66,14 +66,14 @@ def render_card(
         library_name="transformers",
         pipeline_tag=task,
         tags=["image-gpt", "imagegpt", "hf_igpt"],
-        datasets=[recipe["hub dataset"]] if recipe.get("hub dataset") else None,
+        datasets=[str(recipe["hub dataset"])] if recipe.get("hub dataset") else None,
         model_name=name,
         eval_results=[
             make_eval_result(record, task) for record in records if record.metric in METRICS and record.baseline is None
         ],
     )
     facts = {**recipe, **describe_openai_recipe(openai)}
-    facts = {key: escape_markdown(str(value)) for key, value in facts.items() if value is not None}
+    facts = {escape_markdown(key): escape_markdown(str(value)) for key, value in facts.items() if value is not None}
     facts["shape"] = f"{config.n_layer} blocks of width {config.n_embd}, {config.n_head} heads"
     return ModelCard.from_template(
         metadata,

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from .. import modeling_imagegpt
 from ..configuration_imagegpt import ImageGPTConfig
-from ..evaluation.records import RECORDS, RUN, read_records, read_run, whole_folder
+from ..evaluation.records import RECORDS, RUN, own_file, read_json, read_records, read_run, whole_folder
 from ..image_processing_imagegpt import AnyImageProcessor, InstalledProcessor
 from ..reporting import plots
 from .cards import render_card
@@ -112,11 +112,14 @@ def plan_commit(old: list[str], folder: Path) -> list[CommitOperationAdd | Commi
 def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, licence: str = "apache-2.0") -> Path:
     """Write everything that a published repository holds to `folder`, which appears whole or not at all."""
     model_dir, folder = Path(model_dir), Path(folder)
+    copied = [file for pattern in (WEIGHTS, "generation_config.json", RECORDS) for file in model_dir.glob(pattern)]
+    for name in (CONFIG, PROCESSOR, RUN, *(file.name for file in copied)):
+        own_file(model_dir, name)
     config, processor = check_model(model_dir)
     run = read_run(model_dir)
     records = read_records(model_dir / RECORDS) if (model_dir / RECORDS).is_file() else []
     with whole_folder(folder) as staged:
-        for file in [*model_dir.glob(WEIGHTS), *model_dir.glob("generation_config.json"), *model_dir.glob(RECORDS)]:
+        for file in copied:
             shutil.copy(file, staged)
         for name in CODE:
             shutil.copy(Path(__file__).parent.parent / name, staged)
@@ -164,6 +167,17 @@ def check_model(folder: str | Path) -> tuple[ImageGPTConfig, AnyImageProcessor]:
         raise ValueError(
             f"{folder / CONFIG} names the architectures {names}; Image GPT has {modeling_imagegpt.__all__}."
         )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        places = read_json(index, dict, "the places of weights").get("weight_map")
+        known = {file.name for file in files}
+        if not isinstance(places, dict) or (strange := [place for place in places.values() if place not in known]):
+            named = (
+                f" names {strange[0]!r:.100}, which is no file beside it"
+                if isinstance(places, dict)
+                else " has no weight_map"
+            )
+            raise ValueError(f"{index}{named}: save the model by `save_pretrained`.")
     stored = {}
     for file in files:
         try:
@@ -194,7 +208,7 @@ def copy_pictures(source: Path, target: Path, objective: str) -> dict[str, str]:
     pictures = {}
     for name, file in plots.find_pictures(source, objective).items():
         if name in PICTURES:
-            shutil.copy(file, target / name)
+            shutil.copy(plots.check_picture(source, file), target / name)
             pictures[plots.CAPTIONS[name]] = name
     return pictures
 

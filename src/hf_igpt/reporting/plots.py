@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from ..clusters import nearest_color, to_grey_levels
-from ..evaluation.records import Record, describe_model
+from ..data import read_image
+from ..evaluation.records import Record, describe_model, own_file
 from ..image_processing_imagegpt import AnyImageProcessor
 
 
@@ -35,12 +36,23 @@ def find_pictures(folder: str | Path, objective: str) -> dict[str, Path]:
 
     If none was drawn after training, the last of `samples/` stands for them; its name depends on the objective.
     """
-    found = {name: Path(folder) / name for name in CAPTIONS if (Path(folder) / name).is_file()}
-    drawn = sorted(Path(folder, "samples").glob("step-*.png"))
+    folder = Path(folder)
+    found = {name: folder / name for name in CAPTIONS if (folder / name).is_file()}
+    drawn = sorted(folder.glob("samples/step-*.png"))
     name = "masked.png" if objective == "masked" else "samples.png"
     if drawn and name not in found:
         found[name] = drawn[-1]
     return {name: found[name] for name in CAPTIONS if name in found}
+
+
+def check_picture(folder: str | Path, file: Path) -> Path:
+    """`file`, to be shown to others, if it is a picture of a run's folder; ValueError if it is none, or elsewhere by a link."""
+    own_file(folder, file.relative_to(folder).as_posix())
+    try:
+        read_image({"bytes": None, "path": str(file)})
+    except ValueError as error:
+        raise ValueError(f"{file} is no picture: remove it ({error}).") from error
+    return file
 
 
 def image_grid(rows: list[list[Image.Image]]) -> Image.Image:
@@ -295,7 +307,7 @@ def surprise_maps(images: Sequence[Image.Image], maps: np.ndarray, titles: Seque
             left, right = axes[index // pairs, 3 * (index % pairs) :][:2]
             left.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
             heat = right.imshow(surprise, cmap="inferno", vmin=0, vmax=highest, interpolation="nearest")
-            left.set_title(title, fontsize=7, loc="left", parse_math=False)
+            left.set_title(title, fontsize=7, loc="left")
         extend = "max" if maps.max() > highest else "neither"
         figure.colorbar(heat, ax=axes, label="nats", extend=extend, aspect=12 * n_rows, pad=0.005)
         return _picture(figure)
@@ -344,17 +356,18 @@ def _percent_lines(axis: Any, runs: dict[str, list[tuple[float, float]]], marker
 
 @contextmanager
 def _figure(*shape: int, **options: Any) -> Iterator[tuple[Any, Any]]:
-    """matplotlib's (figure, axes), without a display, closed at the end."""
+    """matplotlib's (figure, axes), without a display, closed at the end. Texts are shown as they are: $ begins no formula."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(*shape, dpi=120, **options)
-    try:
-        yield figure, axes
-    finally:
-        plt.close(figure)
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure, axes = plt.subplots(*shape, dpi=120, **options)
+        try:
+            yield figure, axes
+        finally:
+            plt.close(figure)
 
 
 def _picture(figure: Any, pad: float = 1.08) -> Image.Image:

@@ -1,6 +1,5 @@
 """Reports of several runs: the paper's figures and a comparison with its numbers, from records alone."""
 
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,15 +26,19 @@ from ..evaluation.records import (
     format_value,
     markdown_rows,
     markdown_table,
+    own_file,
+    read_json,
     read_records,
     record_published,
+    save_picture,
+    whole_file,
 )
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling
 from ..presets import PUBLISHED, SIZES, Published
 from . import plots
 
 
-REPORT = "report.md"
+REPORT, STATE = "report.md", "trainer_state.json"
 FIGURES = {  # file -> title, what it needs
     "layers.png": ("Probe accuracy by layer (paper, Figure 2)", "probes: run_linear_probe.py"),
     "loss-and-probe.png": (
@@ -74,7 +77,7 @@ def write_report(folders: Sequence[str | Path], target: str | Path) -> tuple[Pat
     for file, (title, needs) in FIGURES.items():
         (target / file).unlink(missing_ok=True)  # it is from an earlier report
         if file in drawn:
-            drawn[file].save(target / file)
+            save_picture(drawn[file], target / file)
         figures.append({"title": title, "needs": needs, "file": file if file in drawn else ""})
     described = [
         {
@@ -90,9 +93,10 @@ def write_report(folders: Sequence[str | Path], target: str | Path) -> tuple[Pat
         comparison=compare_with_paper(runs),
         figures=figures,
         runs=described,
-        hardware=sorted({record.hardware for run in runs for record in run.records}),
+        hardware=sorted({escape_markdown(record.hardware) for run in runs for record in run.records}),
     )
-    page.write_text(text, encoding="utf-8")
+    with whole_file(page) as partial:
+        partial.write_text(text, encoding="utf-8")
     return page, runs
 
 
@@ -103,7 +107,8 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
     """Runs below folders, by their paths; a run is the folder whose own, probe's and score's records belong together."""
     files: set[Path] = set()  # each once, also if one folder holds another
     for folder in map(Path, folders):
-        below = {file.resolve() for name in (RECORDS, PROBE, SCORE) for file in folder.rglob(name)}
+        files_below = [file for name in (RECORDS, PROBE, SCORE) for file in folder.rglob(name)]
+        below = {own_file(folder, file.relative_to(folder).as_posix()).resolve() for file in files_below}
         if not below:
             raise ValueError(f"There are no records ({RECORDS}, {PROBE}, {SCORE}) in {folder}.")
         files |= below
@@ -137,8 +142,9 @@ def copy_pictures(run: Run, target: Path) -> dict[str, str]:
     pictures = {}
     for name, file in plots.find_pictures(run.folder, "masked" if masked else "causal").items():
         copy = Path("pictures", run.name, name.replace("/", "-"))
-        (target / copy).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target / copy)
+        own_file(target, copy.parent.as_posix()).mkdir(parents=True, exist_ok=True)
+        with whole_file(target / copy) as partial:
+            shutil.copyfile(plots.check_picture(run.folder, file), partial)
         pictures[plots.CAPTIONS[name]] = quote(copy.as_posix())
     return pictures
 
@@ -228,12 +234,22 @@ def draw_epochs(runs: Sequence[Run]) -> Image.Image | None:
     courses = {}
     for run in runs:
         start = next((record.started_from for record in run.records if record.task == "fine-tuning"), None)
-        state = run.folder / "trainer_state.json"
-        log = json.loads(state.read_text())["log_history"] if start and state.is_file() else []
-        points = [(entry["epoch"], entry["eval_accuracy"]) for entry in log if "eval_accuracy" in entry]
+        points = read_accuracies(run.folder) if start else []
         if points:
             courses[f"{run.name}: {start}"] = points
     return plots.accuracy_courses(courses) if courses else None
+
+
+def read_accuracies(folder: Path) -> list[tuple[float, float]]:
+    """(epoch, validation accuracy) of each evaluation that a run's `trainer_state.json` tells of; a broken one: ValueError."""
+    if not (folder / STATE).is_file():
+        return []
+    log = read_json(own_file(folder, STATE), dict, "the log of a run").get("log_history", [])
+    try:
+        points = [(entry["epoch"], entry["eval_accuracy"]) for entry in log if "eval_accuracy" in entry]
+        return [(float(epoch), float(share)) for epoch, share in points]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / STATE} does not hold the log of a run: {error!r}") from error
 
 
 # -- the paper's numbers -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 
 from ..data import ImageTokens
 from ..evaluation.metrics import BITS_PER_NAT
+from ..evaluation.records import save_picture
 
 
 def log_main(text: str) -> None:
@@ -167,9 +168,7 @@ class SamplePictures(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            picture = self.draw(model)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            picture.save(self.folder / f"step-{state.global_step:07d}.png")
+            save_picture(self.draw(model), self.folder / f"step-{state.global_step:07d}.png")
 
 
 class Milestones(TrainerCallback):
