@@ -7,7 +7,6 @@ resizing filters differently, so the tokens of a resized photo may differ betwee
 import os
 from collections.abc import Mapping, Sequence
 from math import inf
-from numbers import Real
 from typing import Any, TypeAlias, Union
 
 import numpy as np
@@ -95,10 +94,10 @@ class _ColorQuantization(BaseImageProcessor):
         _check_options(vars(self))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a processor as transformers does; what its file cannot hold is a ValueError that names it."""
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{pretrained_model_name_or_path}, preprocessor_config.json: {error}") from error
 
@@ -462,7 +461,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
             what, least = _NUMBERS[name]
             is_list = isinstance(value, (list, tuple, np.ndarray)) and len(value) == 3 and name != "rescale_factor"
             for number in value if is_list else [value]:
-                if not (isinstance(number, Real) and type(number) is not bool and least < number < inf):
+                if not (isinstance(number, (int, float, np.number)) and number is not True and least < number < inf):
                     raise ValueError(f"{name} is {what}; found {value!r:.50}.")
 
 

@@ -48,6 +48,7 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> list[Record]:
 
     What is wrong with models, layers, labels or folders is a ValueError before any forward pass.
     """
+    device = find_device(args.device)
     names = list_models(args)
     subjects = [prepare_subject(name, args, len(names)) for name in names]
     folders = [subject.folder for subject in subjects]
@@ -76,7 +77,7 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> list[Record]:
     for subject, tokens in zip(subjects, tokens_of, strict=True):
         print(f"Probing {subject.name}")
         model = ImageGPTModel.from_pretrained(subject.name)
-        model.to(find_device(args.device))  # type: ignore[arg-type]  # its decorator hides the signature
+        model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
         about = fields_of_images(data_args.name(), subject.processor, len(classes))
         palette = subject.processor.palette
         found = []

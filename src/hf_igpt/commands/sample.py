@@ -24,6 +24,7 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
         raise ValueError("--rows applies to images that are completed: name them with --images or --num_held_out.")
     check_model_exists(args.model_name_or_path)
     folder = folder_beside(args.model_name_or_path, args.output_dir)
+    device = find_device(args.device)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     if ImageGPTConfig.from_pretrained(args.model_name_or_path).objective != "causal":
         raise ValueError(
@@ -33,7 +34,10 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
     remedy = "Draw with the model it was made from."
     model = load_trained(ImageGPTForCausalImageModeling, args.model_name_or_path, remedy, dtype=dtype)
     processor = data.processor_of(args.model_name_or_path, model.config)
-    model.to(find_device(args.device))
+    height = processor.token_grid()[0]
+    if args.rows is not None and args.rows > height:
+        raise ValueError(f"--rows is at most {height}, the image's height; found {args.rows}.")
+    model.to(device)
     given = [data.read_image({"bytes": None, "path": str(file)}) for file in data.named_images(args.images)]
     if args.num_held_out:
         cells, _ = select_held_out(args.model_name_or_path, data_args, args.num_held_out, args.split_seed)

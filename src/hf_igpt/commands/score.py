@@ -60,6 +60,7 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     name = args.model_name_or_path
     check_model_exists(name)
     folder = folder_beside(name, args.output_dir, "score")
+    device = find_device(args.device)
     config = ImageGPTConfig.from_pretrained(name)
     check_causal(config)
     processor = processor_of(name, config)
@@ -68,7 +69,7 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
         names, tokens = read_images(name_images(args.compare), processor, data_args.on_bad_image)
         sets.append(ImageSet("compared", "compared", summarize_places(args.compare), names, tokens))
     model = load_trained(ImageGPTForCausalImageModeling, name, "Score with the model it was made from.")
-    model.to(find_device(args.device))
+    model.to(device)
     tokens = np.concatenate([images.tokens for images in sets])
     surprise = measure_surprise(model, tokens, batch_size=args.batch_size, bf16=args.bf16).numpy()
     for images, part in zip(sets, np.split(surprise, [len(sets[0].names)]), strict=False):

@@ -268,6 +268,8 @@ def read_processor(name: str, **source: Any) -> AnyImageProcessor:
     try:
         return InstalledProcessor.from_pretrained(name, **source)
     except OSError as error:
+        if Path(name, "preprocessor_config.json").is_file():
+            raise ValueError(f"{name}/preprocessor_config.json cannot be read: {error}") from error
         raise ValueError(
             f"{name} has no image processor: save the one that the model was trained with there, as preprocessor_config.json."
         ) from error

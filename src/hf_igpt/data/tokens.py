@@ -4,6 +4,7 @@ Without random crops, images are tokenised once and `datasets` caches the tokens
 image is cropped and tokenised every time it is read.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 import datasets
 import numpy as np
 import PIL
+import pyarrow
 import torch
 import transformers
 from PIL.Image import Image
@@ -80,11 +82,9 @@ def tokenize(
 
     if num_proc is not None:
         lookup_table(processor.palette)  # built before the processes fork, which then share it
-    dataset = dataset.map(
+    dataset = _map_all(
+        dataset,
         to_tokens,
-        batched=True,
-        batch_size=BATCH,
-        with_indices=True,
         remove_columns=[IMAGE],
         features=datasets.Features(features),
         num_proc=num_proc,
@@ -94,6 +94,22 @@ def tokenize(
     if on_bad_image == "skip":
         dataset = _drop_bad_rows(dataset, dataset["bad"])
     return dataset.remove_columns("bad")
+
+
+def _map_all(dataset: datasets.Dataset, work: Callable[..., dict[str, Any]], **options: Any) -> datasets.Dataset:
+    """`dataset.map` of `work` on batches with their indices, one row for each; a cache that is damaged or cut short is made anew."""
+    options |= {"batched": True, "batch_size": BATCH, "with_indices": True}
+    try:
+        done = dataset.map(work, **options)
+        if len(done) == len(dataset):
+            return done
+        damage = f"it has {len(done)} of {len(dataset)} images"
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        damage = str(error)
+    tqdm.write(f"The cache of an earlier run is damaged ({damage}): it is made anew.")
+    return dataset.map(work, load_from_cache_file=False, **options)
 
 
 def _cache_key(dataset: datasets.Dataset, *work: object) -> str:
@@ -227,11 +243,9 @@ def drop_unreadable(dataset: datasets.Dataset, num_proc: int | None = None) -> d
     def check(batch: dict[str, Any], indices: list[int]) -> dict[str, Any]:
         return {"bad": [reason for _, reasons in read_images(batch[IMAGE], indices, "skip") for reason in reasons]}
 
-    checked = dataset.map(
+    checked = _map_all(
+        dataset,
         check,
-        batched=True,
-        batch_size=BATCH,
-        with_indices=True,
         remove_columns=dataset.column_names,
         num_proc=num_proc,
         new_fingerprint=_cache_key(dataset, "readable"),

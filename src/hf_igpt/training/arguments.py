@@ -234,15 +234,17 @@ class RecipeArguments(TrainingArguments):
         """ValueError if the package of --optim is not installed, or it or the schedule lacks an argument or has a wrong one."""
         from transformers import Trainer, get_scheduler  # not above: it takes seconds, and --help needs none
 
+        model: Any = torch.nn.Module()
+        kwargs: Any = self.lr_scheduler_kwargs
         try:
-            Trainer.get_optimizer_cls_and_kwargs(self, torch.nn.Module())
+            Trainer.get_optimizer_cls_and_kwargs(self, model)
         except (ImportError, ValueError) as error:
             if isinstance(error, ImportError) or not self.optim_target_modules:  # whose names only the real model has
                 given = f", --optim_args {self.optim_args}" if self.optim_args else ""
                 raise ValueError(f"--optim {OptimizerNames(self.optim).value}{given}: {error}") from error
         any_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         try:
-            get_scheduler(self.lr_scheduler_type, any_optimizer, 0, 1, self.lr_scheduler_kwargs)
+            get_scheduler(self.lr_scheduler_type, any_optimizer, 0, 1, kwargs)
         except (TypeError, ValueError) as error:
             name = SchedulerType(self.lr_scheduler_type).value
             raise ValueError(f"--lr_scheduler_type {name}, --lr_scheduler_kwargs: {error}") from error
