@@ -1,6 +1,7 @@
 """OpenAI's checkpoints: their outputs after conversion, the mapping as a bijection, damaged files. Needs TensorFlow."""
 
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hf_igpt import (
     ImageGPTForMaskedImageModeling,
 )
 from hf_igpt.commands.convert import ConvertArguments, convert
-from hf_igpt.publishing.conversion import from_openai, read_openai, to_openai
+from hf_igpt.publishing.conversion import from_openai, read_block, read_openai, to_openai
 
 
 pytest.importorskip("tensorflow", reason="make test installs it")
@@ -139,6 +140,116 @@ def test_damaged_files_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="without suffix"):
         read_openai(tmp_path / "model.ckpt-1")
+
+
+def crc32c(data):
+    """As tables have it, which is masked."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def varint(number):
+    number &= 2**64 - 1
+    return bytes([number & 127]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
+
+
+def index_of(entries):
+    """An index as TensorFlow writes it, of (key, value)."""
+
+    def block(entries):
+        rows = (b"\0" + varint(len(key)) + varint(len(value)) + key + value for key, value in entries)
+        return b"".join(rows) + struct.pack("<II", 0, 1)
+
+    table, places = b"", []
+    for content in (block(entries), block([]), None):
+        content = block([(b"\xff", places[0])]) if content is None else content
+        places.append(varint(len(table)) + varint(len(content)))
+        table += content + b"\0" + crc32c(content + b"\0")
+    return table + (places[1] + places[2]).ljust(40, b"\0") + bytes.fromhex("57fb808b247547db")
+
+
+def entry_of(shape, size=2048, **fields):
+    from tensorflow.core.protobuf import tensor_bundle_pb2
+
+    return tensor_bundle_pb2.BundleEntryProto(
+        shape={"dim": [{"size": side} for side in shape]}, size=size, **({"dtype": 1} | fields)
+    ).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        (lambda: entry_of([2**34, 32]), r"model/wte of shape \[17179869184, 32\] has 2048 bytes"),
+        (lambda: entry_of([2**34, 32], 2**41), "more than the data files hold"),
+        (lambda: entry_of([2**62, 2**62], 0), "is no whole array"),  # from here on TensorFlow ended the process
+        (lambda: entry_of([-1, 32]), r"shape \[-1, 32\] is no whole array"),
+        (lambda: entry_of([1] * 300, 4), "is no whole array"),
+        (lambda: entry_of([16, 32], dtype=19), "bytes of type 19"),
+        (lambda: b"\xff" * 20, "Error parsing message"),
+        (lambda: b"", "0 bytes of type 0"),
+        (lambda: entry_of([16, 32], offset=2**50), "more than the data files hold"),
+        (lambda: entry_of([16, 32], offset=-5), "more than the data files hold"),
+        (lambda: entry_of([16, 32], shard_id=9), "more than the data files hold"),
+        (lambda: entry_of([16, 32], slices=[{"extent": [{"start": 0, "length": 5}]}]), "is no whole array"),
+    ],
+)
+def test_indexes_that_lie_are_refused_before_tensorflow_reads_them(lie, message, tmp_path):
+    from tensorflow.core.protobuf import tensor_bundle_pb2
+
+    shutil.copy(f"{AR}.data-00000-of-00001", tmp_path)
+    file = tmp_path / "model.ckpt-1000.index"
+    table = Path(f"{AR}.index").read_bytes()
+    entries = dict(read_block(table, varint(0) + varint(1058)))
+    assert tensor_bundle_pb2.BundleEntryProto.FromString(entries[b"model/wte"]).size == 2048
+    file.write_bytes(index_of(entries.items()))
+    assert read_openai(tmp_path / "model.ckpt-1000").keys() == read_openai(AR).keys()
+    file.write_bytes(index_of((entries | {b"model/wte": lie()}).items()))
+    with pytest.raises(ValueError, match=rf"model\.ckpt-1000\.index .*{message}"):
+        read_openai(tmp_path / "model.ckpt-1000")
+
+
+def test_damaged_indexes_are_named(tmp_path):
+    shutil.copy(f"{AR}.data-00000-of-00001", tmp_path)
+    table = Path(f"{AR}.index").read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = [table[:length] for length in (0, 1, 47, 48, 500, 1143)]
+    for _ in range(50):
+        bytes_of = bytearray(table)
+        for place in rng.integers(0, len(table), 3):
+            bytes_of[place] ^= int(rng.integers(1, 256))
+        damaged.append(bytes(bytes_of))
+    for content in damaged:
+        (tmp_path / "model.ckpt-1000.index").write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.ckpt-1000.* damaged or cut short"):
+            read_openai(tmp_path / "model.ckpt-1000")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("wte", (512,)),
+        ("wte", (0, 32)),
+        ("sos", (1, 32)),
+        ("wpe", (64, 32, 1)),
+        ("wtet", (9, 32)),
+        ("h0/attn/q_proj", (8, 32, 4)),
+        ("h1/attn/k_proj", (32, 32)),
+        ("h1/attn/c_proj", ()),
+        ("h0/ln_1/g", (31,)),
+        ("h0/mlp/c_fc/w", (32, 5)),
+        ("h2/mlp/c_proj/w", (32, 128)),
+        ("clf/wclf", (10, 31)),
+        ("ln_f/g", (1,)),
+    ],
+)
+def test_variables_of_other_shapes_are_named(name, shape):
+    with pytest.raises(ValueError, match=r"dimensions|shape|do not fit together"):
+        from_openai(read_openai(AR) | {name: np.zeros(shape, np.float32)})
 
 
 def test_unknown_and_missing_variables_are_named():

@@ -20,10 +20,18 @@ def convert(args: ConvertArguments) -> Path:
     folder = Path(args.output_dir)
     check_new(folder, "--output_dir")
     palette = None if args.palette is None else load_palette(args.palette)
-    config, state = from_openai(read_openai(args.checkpoint))
+    variables = read_openai(args.checkpoint)
+    try:
+        config, state = from_openai(variables)
+    except ValueError as error:
+        raise ValueError(f"{args.checkpoint}: {error}") from error
     image_size = round(config.n_positions**0.5)
     if palette is not None and len(palette) != config.vocab_size - 1:
         raise ValueError(f"{args.palette} has {len(palette)} colours, the model {config.vocab_size - 1}.")
+    if palette is not None and image_size**2 != config.n_positions:
+        raise ValueError(
+            f"{config.n_positions} pixels are no square image: leave --palette out, and save a processor of their size."
+        )
     head = ImageGPTForCausalImageModeling if config.objective == "causal" else ImageGPTForMaskedImageModeling
     config.architectures = [head.__name__] + (["ImageGPTForImageClassification"] if "score.weight" in state else [])
     with whole_folder(folder) as staged:
