@@ -1,6 +1,9 @@
 """The palette: exactness of the nearest colour, the fit, and reading files."""
 
 import json
+import os
+import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -196,6 +199,82 @@ def test_load_palette(tmp_path, palette):
     for bad in ("empty.json", "missing.npy", "nothing"):
         with pytest.raises(ValueError, match="palette|clusters"):
             load_palette(tmp_path / bad)
+
+
+class Spy:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, place):
+        self.place = str(place)
+
+    def __reduce__(self):
+        return os.mkdir, (self.place,)
+
+
+def npy(shape, kind="<f8", data=b"\0" * 48):
+    header = repr({"descr": kind, "fortran_order": False, "shape": shape}).encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + data
+
+
+HOSTILE = {
+    "empty.npy": b"",
+    "none.npy": npy((0, 3)),
+    "scalar.npy": npy(()),
+    "terabytes.npy": npy((10**12, 3)),
+    "more than there is.npy": npy((10**30, 3)),
+    "negative.npy": npy((-1, 3)),
+    "objects.npy": npy((2, 3), "|O"),
+    "text.npy": npy((2, 3), "<U2"),
+    "complex.npy": npy((2, 3), "<c8"),
+    "dates.npy": npy((2, 3), "<M8[s]"),
+    "truths.npy": npy((2, 3), "?"),
+    "no shape.npy": npy("x"),
+    "an endless header.npy": b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31) + b"x",
+    "a deep header.npy": b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"(" * 9000,
+    "an archive.npy": b"PK\x03\x04",
+    "empty.json": b"",
+    "a list.json": b"[]",
+    "deep.json": b"[" * 100_000,
+    "deep colours.json": b'{"clusters": ' + b"[" * 900 + b"]" * 900 + b"}",
+    "not text.json": b"\xff\xfe",
+    "words.json": b'{"clusters": "red"}',
+    "numbers as words.json": b'{"clusters": [["0.1", "0", "0"]]}',
+    "nan.json": b'{"clusters": [[NaN, 0, 0]]}',
+    "infinite.json": b'{"clusters": [[1e999, 0, 0]]}',
+    "null.json": b'{"clusters": [[null, 0, 0]]}',
+    "ragged.json": b'{"clusters": [[0, 0, 0], [0]]}',
+    "two channels.json": b'{"clusters": [[0, 0]]}',
+    "a mapping.json": b'{"clusters": {"red": 1}}',
+    "a long number.json": b'{"clusters": [[' + b"9" * 5000 + b", 0, 0]]}",
+    "palette.pkl": pickle.dumps([[0, 0, 0]]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, of the sizes here
+@pytest.mark.parametrize("name", HOSTILE)
+def test_files_of_no_palette_are_named(name, tmp_path):
+    (tmp_path / name).write_bytes(HOSTILE[name])
+    with pytest.raises(ValueError, match=name):
+        load_palette(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["pickled.npy", "objects.npy", "palette.pkl"])
+def test_no_palette_is_unpickled(name, tmp_path):
+    spy = Spy(tmp_path / "run")
+    if name == "objects.npy":
+        np.save(tmp_path / name, np.array([[spy] * 3]), allow_pickle=True)
+    else:
+        (tmp_path / name).write_bytes(pickle.dumps(spy))
+    with pytest.raises(ValueError, match=name):
+        load_palette(tmp_path / name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_json_file_of_no_palettes_size_is_not_read(tmp_path):
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(10**10)  # of holes
+    with pytest.raises(ValueError, match=r"large\.json .*no palette of 65535 colours takes 10,000,000,000 bytes"):
+        load_palette(tmp_path / "large.json")
 
 
 def test_tokens_out_of_the_palette(palette):

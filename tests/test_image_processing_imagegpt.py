@@ -4,6 +4,7 @@ Run for the backend that is installed; tests/test_torchvision_backend.py runs it
 """
 
 import io
+import json
 import pickle
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_igpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil, image_processing_imagegpt
 from hf_igpt.clusters import to_unit_range
+from hf_igpt.data import read_processor
 from hf_igpt.pixels_imagegpt import to_channels_first
 
 
@@ -239,6 +241,63 @@ def test_openai_hub_configuration(palette, tmp_path):
 def test_bad_palettes(clusters, message):
     with pytest.raises(ValueError, match=message):
         Processor(clusters=clusters)(PHOTO)
+
+
+ABSURD = [
+    ({"size": 10**6}, "size: height is a whole number from 1 to 4096; found 1000000"),
+    ({"size": 0}, "size: height"),
+    ({"size": -3}, "size: height"),
+    ({"size": True}, "size: height"),
+    ({"size": {"height": 8, "width": "8"}}, "size: width"),
+    ({"size": {"shortest_edge": 10**6}}, "size: shortest_edge"),
+    ({"size": "big"}, "size"),
+    ({"size": 8.5}, "size"),
+    ({"do_center_crop": True, "crop_size": {"height": 10**6, "width": 1}}, "crop_size: height"),
+    ({"image_std": 0}, "image_std is a positive number, or one for each of 3 channels; found 0"),
+    ({"image_std": [0.5, 0.5, 0]}, "image_std"),
+    ({"image_std": [0.5, 0.5]}, "image_std"),
+    ({"image_std": float("nan")}, "image_std"),
+    ({"image_mean": [0.5, 0.5, float("inf")]}, "image_mean"),
+    ({"image_mean": "x"}, "image_mean"),
+    ({"rescale_factor": float("nan")}, "rescale_factor is a positive number"),
+    ({"rescale_factor": 0}, "rescale_factor"),
+    ({"rescale_factor": [1, 2, 3]}, "rescale_factor"),
+    ({"do_resize": "false"}, "do_resize is true or false; found 'false'"),
+    ({"do_color_quantize": 1}, "do_color_quantize"),
+    ({"resample": 99}, "resampling filters"),
+    ({"resample": "x"}, "resampling filters"),
+    ({"clusters": {"a": 1}}, "palette"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), ABSURD)
+def test_absurd_options_are_refused_by_name_and_file(options, message, palette, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Processor(**({"clusters": palette} | options))
+    saved = {"image_processor_type": "ImageGPTImageProcessor", "clusters": palette.tolist()} | options
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))
+    for load in (AutoImageProcessor.from_pretrained, read_processor):
+        with pytest.raises(ValueError, match=rf"{tmp_path}, preprocessor_config\.json: .*{message}"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "3", '{"clusters": ' + "[" * 5000 + "]" * 5000 + "}", "\x00"])
+def test_files_of_no_processor_are_named(text, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
+        read_processor(tmp_path)
+
+
+def test_absurd_options_of_a_call_are_refused(palette):
+    processor = Processor(clusters=palette, size=8)
+    for options, message in (
+        ({"size": 10**6}, "size: "),
+        ({"image_std": 0}, "image_std"),
+        ({"resample": 99}, "filter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(PHOTO, **options)
+    assert processor(PHOTO, size={"height": 4, "width": 4}, image_std=[0.5, 0.5, 0.5])["input_ids"].shape == (1, 16)
 
 
 @pytest.mark.parametrize(
