@@ -9,6 +9,7 @@ from transformers import GenerationMixin
 
 from hf_igpt import ImageGPTForImageClassification, ImageGPTImageProcessorPil, ImageGPTModel, generation_imagegpt
 from hf_igpt.cache_imagegpt import RoomyLayer
+from hf_igpt.commands.folders import folder_beside
 from hf_igpt.commands.sample import SampleArguments, draw
 from hf_igpt.data import DataArguments
 from hf_igpt.generation_imagegpt import complete, sample
@@ -206,3 +207,38 @@ def test_models_without_a_colour_head_draw_nothing(kind, processor, tmp_path):
 def test_a_missing_folder_is_said_to_be_missing(name):
     with pytest.raises(ValueError, match=r"There is no folder .*run_pretrain\.py"):
         draw(SampleArguments(name, num_images=1), DataArguments())
+
+
+@pytest.fixture
+def folder(model, processor, tmp_path):
+    """A model's folder, and beside it what is none of its own."""
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "secret").write_text("mine")
+    return tmp_path / "model"
+
+
+def test_pictures_are_not_written_through_links(folder):
+    for name in ("samples.png", "samples.png.partial"):
+        (folder / name).symlink_to(folder.parent / "secret")
+    draw(SampleArguments(str(folder), num_images=1), DataArguments())
+    assert (folder.parent / "secret").read_text() == "mine"
+    assert not (folder / "samples.png").is_symlink() and Image.open(folder / "samples.png").width > 8
+
+
+def test_rows_are_refused_before_anything_is_drawn(folder):
+    images(1)[0].save(folder.parent / "one.png")
+    arguments = SampleArguments(str(folder), num_images=1, images=[str(folder.parent / "one.png")], rows=9)
+    with pytest.raises(ValueError, match="--rows is at most 8, the image's height; found 9"):
+        draw(arguments, DataArguments())
+    with pytest.raises(ValueError, match="--device nonsense"):
+        draw(SampleArguments(str(folder), num_images=1, device="nonsense"), DataArguments())
+    assert not (folder / "samples.png").exists()
+
+
+@pytest.mark.parametrize("name", ["probe", "score"])
+def test_results_are_not_written_to_linked_folders(name, folder):
+    (folder / name).symlink_to(folder.parent)
+    with pytest.raises(ValueError, match=f"{name} leads out of .*model by a link"):
+        folder_beside(str(folder), None, name)
+    assert folder_beside(str(folder), str(folder.parent), name) == folder.parent  # one that was named

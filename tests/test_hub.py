@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -405,6 +406,14 @@ def break_weights(folder, change):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def link(file, name=""):
+    """Replace a file by a link to itself, elsewhere; or by one to a folder that has it by `name`."""
+    others = Path(tempfile.mkdtemp(dir=file.parent.parent.parent))
+    (others / (name or file.name)).parent.mkdir(exist_ok=True)
+    shutil.move(file, others / (name or file.name))
+    file.symlink_to(others / file.name)
+
+
 def other_model_type(folder):
     GPT2Config(n_layer=1).save_pretrained(folder)
 
@@ -429,6 +438,31 @@ BREAKAGES = {
         "damaged or cut short",
     ),
     "token": (lambda f: (f / RUN).write_text(json.dumps({"recipe": {"data": "hf_" + "a" * 30}})), "access token"),
+    "linked picture": (lambda f: link(f / "samples.png"), "samples.png leads out of .*model by a link"),
+    "linked weights": (lambda f: link(f / "model.safetensors"), "model.safetensors leads out"),
+    "linked configuration": (lambda f: link(f / "config.json"), "config.json leads out"),
+    "linked records": (lambda f: link(f / RECORDS), "records.json leads out"),
+    "linked recipe": (lambda f: link(f / RUN), "run.json leads out"),
+    "linked drawings": (
+        lambda f: link((f / "samples.png").rename(f / "samples"), "samples/step-0000001.png"),
+        "step-0000001.png leads out",
+    ),
+    "no picture": (lambda f: (f / "samples.png").write_text("ssh-rsa"), "samples.png is no picture"),
+    "weights elsewhere": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}'),
+        "index.json names '../../x.safetensors', which is no file beside it",
+    ),
+    "no weights' places": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
+        "index.json has no weight_map",
+    ),
+    "records of a path": (
+        lambda f: (f / RECORDS).write_text(
+            json.dumps([{**json.loads((f / RECORDS).read_text())[0], "checkpoint": "../../x"}])
+        ),
+        "records.json does not hold records: checkpoint is the name of a folder",
+    ),
+    "deep recipe": (lambda f: (f / RUN).write_text("[" * 100_000), "run.json cannot be read"),
     "path": (
         lambda f: (f / RUN).write_text(json.dumps({"recipe": {"data": f"{os.getcwd()}/photos"}})),
         "hold the path",

@@ -4,6 +4,7 @@ import json
 from dataclasses import fields, replace
 
 import pytest
+from PIL import Image
 
 from hf_igpt.commands.report import ReportArguments, report
 from hf_igpt.data import DataArguments
@@ -12,9 +13,13 @@ from hf_igpt.evaluation.records import (
     Record,
     describe_images,
     describe_model,
+    escape_markdown,
     format_value,
     markdown_table,
+    own_file,
     read_records,
+    read_run,
+    save_picture,
     whole_file,
     write_records,
 )
@@ -66,6 +71,115 @@ def test_files_of_other_things_are_refused(tmp_path, text):
     (tmp_path / "records.json").write_text(text)
     with pytest.raises(ValueError, match=r"records\.json does not hold records"):
         read_records(tmp_path / "records.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("value", float("nan")),
+        ("value", "1.25"),
+        ("value", None),
+        ("value", True),
+        ("n", 3.5),
+        ("n", [1]),
+        ("seed", "42"),
+        ("task", 3),
+        ("unit", ["a"]),
+        ("dataset", {"a": 1}),
+        ("dataset", "\x1b[2Jgone"),
+        ("dataset", "\u202etxt.exe"),
+        ("hardware", "\ud800"),
+        ("image_size", [8]),
+        ("image_size", ["8", "8"]),
+        ("image_size", 8),
+        ("layers", "12"),
+        ("layers", 3),
+        ("layers", [1.5]),
+        ("deviation", float("nan")),
+        ("details", []),
+        ("checkpoint", "../../x"),
+        ("checkpoint", "/etc/passwd"),
+        ("checkpoint", ".."),
+        ("gradient_checkpointing", "yes"),
+        ("no_such_field", 1),
+    ],
+)
+def test_fields_that_cannot_be_are_refused(field, value, tmp_path):
+    (tmp_path / "records.json").write_text(json.dumps([{**GENERATION, field: value}]))
+    with pytest.raises(ValueError, match=rf"records\.json does not hold records: .*{field}"):
+        read_records(tmp_path / "records.json")
+
+
+def test_fields_that_may_be_are_read(tmp_path):
+    """Whole numbers for fractions; the distortion of a lossless palette; names of any script."""
+    fields = {"value": 1, "deviation": 0, "dataset": "été\u00a0日本 👩\u200d🔬\n", "image_size": [8, 9], "layers": [1]}
+    (tmp_path / "records.json").write_text(json.dumps([GENERATION | fields, GENERATION | {"value": float("inf")}]))
+    one, lossless = read_records(tmp_path / "records.json")
+    assert (one.value, one.image_size, one.layers, lossless.value) == (1, (8, 9), (1,), float("inf"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "\ufeff", "3", '"x"', '[{"metric": ' + "[" * 5000 + "]" * 5000 + "}]"])
+def test_deep_and_other_json_is_refused(text, tmp_path):
+    for name, read in (
+        ("records.json", lambda: read_records(tmp_path / "records.json")),
+        ("run.json", lambda: read_run(tmp_path)),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=name):
+            read()
+    (tmp_path / "run.json").write_text('{"recipe": ["a"]}')
+    with pytest.raises(ValueError, match=r"run\.json.* its recipe"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, 8x8 (hf_igpt x86_64)", "plain, 8x8 (hf_igpt x86_64)"),
+        ("a | b\nc\r\n# d", "a \\| b c # d"),
+        ("\\|", "\\\\\\|"),  # not an escaped backslash and a cell's end
+        ("<script>&lt;", "&lt;script>&amp;lt;"),
+        ("![x](http://y)", "!\\[x\\](http:&#47;/y)"),
+        ("[x](javascript:1)", "\\[x\\](javascript:1)"),
+        ("https://x.y", "https:&#47;/x.y"),
+        ("`code` $x$ ~~y~~", "\\`code\\` \\$x\\$ \\~\\~y\\~\\~"),
+        ("**b** _i_ a_b", "\\*\\*b\\*\\* \\_i\\_ a_b"),
+        ("\x1b[31mred", "\\[31mred"),
+    ],
+)
+def test_strangers_words_are_text(text, shown):
+    assert escape_markdown(text) == shown
+
+
+def test_links_are_neither_followed_nor_written_through(tmp_path):
+    folder, secret = tmp_path / "model", tmp_path / "secret"
+    folder.mkdir()
+    secret.write_text("mine")
+    for name in ("samples.png", "samples.png.partial"):
+        (folder / name).symlink_to(secret)
+    save_picture(Image.new("RGB", (4, 4)), folder / "samples.png")
+    assert secret.read_text() == "mine" and not (folder / "samples.png").is_symlink()
+    assert [file.name for file in folder.iterdir()] == ["samples.png"]
+    (folder / "elsewhere").symlink_to(tmp_path)
+    (folder / "last.png").symlink_to("samples.png")
+    assert own_file(folder, "last.png") == folder / "last.png"  # within the folder
+    for name in ("elsewhere", "elsewhere/secret", "elsewhere/new", "../secret"):
+        with pytest.raises(ValueError, match="leads out of .*model by a link"):
+            own_file(folder, name)
+    (tmp_path / "link").symlink_to(folder)  # the folder that is named may be one
+    assert own_file(tmp_path / "link", "samples.png").is_file()
+
+
+def test_snapshots_of_the_hubs_cache_are_made_of_links(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0a").write_text("{}")
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").symlink_to("../../blobs/0a")
+    (snapshot / "run.json").symlink_to("../../secret")
+    assert own_file(snapshot, "config.json").is_file()
+    with pytest.raises(ValueError, match="leads out"):
+        own_file(snapshot, "run.json")
 
 
 def old(**changes):

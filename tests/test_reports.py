@@ -362,6 +362,106 @@ def test_names_cannot_break_a_table(drawn, tmp_path):
     assert escape_markdown("plain, 8x8") == "plain, 8x8"
 
 
+def test_hostile_records_are_text(drawn, tmp_path):
+    """Everywhere: data, hardware, run, baseline, and their names in figures."""
+    words = "x | y\n![p](http://t.co) [l](javascript:a) <b>`c` $z$"
+    record = replace(nats(1.5, images=DIGITS | {"dataset": words}), hardware=words, size=words, unit=words)
+    write_records(tmp_path / "run" / "records.json", [record, replace(record, baseline=words)])
+    text = reported(tmp_path / "run", to=tmp_path / "report")
+    assert "t.co" in text and "http://" not in text and "<b>" not in text
+    assert pictures_in(text) == [] and re.search(r"(?<!\\)\[l", text) is None
+    assert re.search(r"(?<!\\)[`$]", text) is None
+    assert all(len(row) in (4, 5) for row in rows_of(text))
+
+
+def test_words_in_figures_are_no_formulas():
+    plots.accuracy_courses({"a $\\frac{ b": [(1.0, 0.5)], "$x^": [(1.0, 0.6), (2.0, 0.7)]})
+    plots.accuracy_bars({"$\\frac{": {"$": 0.5}})
+
+
+def hostile(place, kind):
+    """A run whose picture, or records, are not its own, or whose picture is none."""
+    write_records(place / "run" / "records.json", [nats(1.5)])
+    (place / "secret.png").write_bytes(b"secret")
+    picture(place / "others" / "step-0000001.png", "red")
+    write_records(place / "records.json", [nats(1.25)])
+    run = place / "run"
+    if kind == "picture":
+        (run / "samples.png").symlink_to(place / "secret.png")
+    elif kind == "real picture":
+        (run / "training.png").symlink_to(place / "others" / "step-0000001.png")
+    elif kind == "folder":
+        (run / "samples").symlink_to(place / "others")
+    elif kind == "records":
+        (run / "score").mkdir()
+        (run / "score" / "score.json").symlink_to(place / "records.json")
+    elif kind == "log":
+        write_records(run / "records.json", fine_tuned(0.5))
+        (run / "trainer_state.json").symlink_to(place / "records.json")
+    elif kind == "no picture":
+        (run / "samples.png").write_text("text")
+    elif kind == "half a picture":
+        picture(run / "samples.png", "red")
+        (run / "samples.png").write_bytes((run / "samples.png").read_bytes()[:50])
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("picture", "samples.png leads out of .*run by a link"),
+        ("real picture", "training.png leads out"),
+        ("folder", "step-0000001.png leads out"),
+        ("records", "score.json leads out"),
+        ("log", "trainer_state.json leads out"),
+        ("no picture", "samples.png is no picture"),
+        ("half a picture", "samples.png is no picture"),
+    ],
+)
+def test_what_is_not_the_runs_own_is_not_reported(kind, message, drawn, tmp_path):
+    run = hostile(tmp_path, kind)
+    with pytest.raises(ValueError, match=message):
+        reported(run, to=tmp_path / "report")
+    assert not (tmp_path / "report" / "report.md").exists()
+
+
+def test_a_report_is_not_written_through_links(drawn, tmp_path):
+    write_records(tmp_path / "run" / "records.json", [nats(1.5)])
+    picture(tmp_path / "run" / "samples.png", "red")
+    (tmp_path / "secret").write_text("mine")
+    to = tmp_path / "report"
+    to.mkdir()
+    for name in ("report.md", "report.md.partial", "layers.png"):
+        (to / name).symlink_to(tmp_path / "secret")
+    reported(tmp_path / "run", to=to)
+    assert (tmp_path / "secret").read_text() == "mine" and not (to / "report.md").is_symlink()
+    shutil.rmtree(to / "pictures")
+    (tmp_path / "elsewhere").mkdir()
+    (to / "pictures").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="leads out of .*report by a link"):
+        reported(tmp_path / "run", to=to)
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        "[" * 100_000,
+        "[]",
+        '{"log_history": 3}',
+        '{"log_history": [{"eval_accuracy": 1}]}',
+        '{"log_history": ["eval_accuracy"]}',
+        '{"log_history": [{"eval_accuracy": "x", "epoch": 1}]}',
+        "",
+    ],
+)
+def test_broken_logs_are_named(log, drawn, tmp_path):
+    write_records(tmp_path / "run" / "records.json", fine_tuned(0.5))
+    (tmp_path / "run" / "trainer_state.json").write_text(log)
+    with pytest.raises(ValueError, match=r"trainer_state\.json does not hold the log of a run"):
+        reported(tmp_path / "run", to=tmp_path / "report")
+
+
 def test_each_run_once_under_a_name_of_its_own(story, drawn, tmp_path, monkeypatch):
     for place in ("x/one/run", "y/one/run", "y/other"):
         write_records(tmp_path / place / "records.json", [nats(1.5)])

@@ -101,11 +101,12 @@ class Record:
     details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.image_size is not None:
-            height, width = self.image_size
-            self.image_size = (height, width)
-        if self.layers is not None:
-            self.layers = tuple(self.layers)
+        for name in ("image_size", "layers"):
+            found = getattr(self, name)
+            if found is not None:
+                if not isinstance(found, (list, tuple)) or (name == "image_size" and len(found) != 2):
+                    raise ValueError(f"{name} is {found!r:.100}")
+                setattr(self, name, tuple(found))
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -215,7 +216,9 @@ def _check_record(record: Record) -> None:
                 raise ValueError(f"{name} is not a number")
             if isinstance(part, str) and _HIDDEN.search(part):
                 raise ValueError(f"{name} has control characters: {part!r:.100}")
-    if record.checkpoint is not None and Path(record.checkpoint).name != record.checkpoint:
+    if record.checkpoint is not None and (
+        record.checkpoint == ".." or Path(record.checkpoint).name != record.checkpoint
+    ):
         raise ValueError(
             f"checkpoint is the name of a folder, without those it is in; found {record.checkpoint!r:.100}"
         )
