@@ -1,5 +1,7 @@
 """Drawing: whole images, completions that keep what was given, seeds, bad input."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,20 @@ from conftest import randomized, small_config
 from PIL import Image
 from transformers import GenerationMixin
 
-from hf_igpt import ImageGPTForImageClassification, ImageGPTImageProcessorPil, ImageGPTModel, generation_imagegpt
+from hf_igpt import (
+    ImageGPTConfig,
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+    ImageGPTForMaskedImageModeling,
+    ImageGPTImageProcessorPil,
+    ImageGPTModel,
+    generation_imagegpt,
+)
 from hf_igpt.cache_imagegpt import RoomyLayer
 from hf_igpt.commands.folders import folder_beside
 from hf_igpt.commands.sample import SampleArguments, draw
 from hf_igpt.data import DataArguments
-from hf_igpt.generation_imagegpt import complete, sample
+from hf_igpt.generation_imagegpt import complete, fill_in, find_hidden, inpaint, inpaint_tokens, sample
 from hf_igpt.pipelines_imagegpt import ImageCompletionPipeline
 from hf_igpt.reporting.plots import picture_of_completions
 
@@ -242,3 +252,186 @@ def test_results_are_not_written_to_linked_folders(name, folder):
     with pytest.raises(ValueError, match=f"{name} leads out of .*model by a link"):
         folder_beside(str(folder), None, name)
     assert folder_beside(str(folder), str(folder.parent), name) == folder.parent  # one that was named
+
+
+# -- holes -------------------------------------------------------------------------------------------------------------
+
+
+def tiny_causal(seed=3, std=0.8):
+    """A causal model of 2x3 pixels and 3 colours whose pixels depend on each other."""
+    torch.manual_seed(seed)
+    config = ImageGPTConfig(vocab_size=4, n_positions=6, n_embd=8, n_layer=1, n_head=1)
+    model = ImageGPTForCausalImageModeling(config).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=std)
+    return model
+
+
+def posterior(model, tokens, hidden):
+    """All images that agree with what is known, their probabilities, and the log-probability of what is known."""
+    every = torch.tensor(list(itertools.product(range(3), repeat=6)))
+    with torch.no_grad():
+        logits = model(input_ids=torch.nn.functional.pad(every[:, :-1], (1, 0), value=3)).logits
+    nats = logits.double().log_softmax(-1).gather(-1, every[..., None]).sum((1, 2))
+    agree = (every == tokens)[:, ~hidden].all(dim=1)
+    return every[agree], nats[agree].softmax(0), nats[agree].logsumexp(0).item()
+
+
+def distance(drawn, images, chances):
+    """The total variation between the frequencies of what was drawn and the chances of `images`."""
+    frequencies = torch.stack([(drawn == image).all(dim=1).double().mean() for image in images])
+    assert frequencies.sum() == pytest.approx(1)  # nothing else was drawn: known pixels are kept
+    return (frequencies - chances).abs().sum().item() / 2
+
+
+HOLES = [[0, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0], [0, 1, 0, 1, 0, 1], [1, 1, 0, 0, 1, 0]]
+
+
+def test_holes_are_filled_from_the_posterior():
+    """What comes after a hole shapes it, the more so the more particles there are; and the evidence has no bias."""
+    model, tokens = tiny_causal(), torch.tensor([0, 2, 1, 0, 2, 1])
+    hidden = torch.tensor(HOLES[0], dtype=torch.bool)
+    images, chances, nats = posterior(model, tokens, hidden)
+    distances = []
+    for particles in (1, 8, 64):
+        drawn, evidence = inpaint_tokens(model, tokens[None], hidden[None], 2000, particles=particles, batch_size=2**15)
+        distances.append(distance(drawn[0], images, chances))
+        assert evidence.item() * 4 == pytest.approx(nats, abs=0.05)
+    assert distances[0] > 0.15  # the usual shortcut
+    assert distances[0] > 2 * distances[1] > 4 * distances[2] and distances[2] < 0.03
+
+
+@pytest.mark.parametrize("hole", HOLES, ids=str)
+def test_holes_anywhere(hole):
+    model, tokens, hidden = (
+        tiny_causal(1, std=0.5),
+        torch.tensor([1, 2, 1, 0, 2, 0]),
+        torch.tensor(hole, dtype=torch.bool),
+    )
+    images, chances, nats = posterior(model, tokens, hidden)
+    drawn, evidence = inpaint_tokens(model, tokens[None], hidden[None], 1500, particles=32, batch_size=2**15)
+    assert distance(drawn[0], images, chances) < 0.06  # of 27 images, frequencies of 1,500 draws alone are 0.04 off
+    assert evidence.item() * (~hidden).sum() == pytest.approx(nats, abs=0.05)
+
+
+def test_a_hole_at_the_end_is_a_completion(model, processor):
+    given = images(3)
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[3:] = True
+    filled = inpaint(model, processor, given, mask, num_completions=2, seed=5)
+    expected = complete(model, processor, given, rows=3, num_completions=2, seed=5)
+    assert [[list(image.get_flattened_data()) for image in row] for row in filled] == [
+        [list(image.get_flattened_data()) for image in row] for row in expected
+    ]
+
+
+def test_an_image_is_filled_alike_alone_and_among_others(model, processor):
+    given, box = images(3), (0.25, 0.25, 0.75, 0.5)
+    options = {"num_completions": 2, "particles": 4, "seed": 1}
+    together = inpaint(model, processor, given, box, **options)
+    for image, row in zip(given, together, strict=True):
+        (alone,) = inpaint(model, processor, image, box, **options)
+        assert [list(picture.get_flattened_data()) for picture in alone] == [
+            list(picture.get_flattened_data()) for picture in row
+        ]
+
+
+def test_known_pixels_are_kept(model, processor):
+    tokens = torch.tensor(np.asarray(processor(images(2))["input_ids"]))
+    hidden = torch.rand(2, 64, generator=torch.Generator().manual_seed(0)) < 0.3
+    drawn, _ = inpaint_tokens(model, tokens, hidden, 3, particles=2, temperature=0.8, top_k=5, top_p=0.9)
+    assert drawn.shape == (2, 3, 64)
+    known = ~hidden[:, None].expand_as(drawn)
+    assert torch.equal(drawn[known], tokens[:, None].expand_as(drawn)[known]) and drawn.max() < 16
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_masked_models_reveal_hidden_pixels_in_rounds(steps):
+    """Against all orders and all colours of two hidden pixels, enumerated."""
+    torch.manual_seed(0)
+    config = ImageGPTConfig(vocab_size=4, n_positions=6, n_embd=8, n_layer=1, n_head=1, objective="masked")
+    model = ImageGPTForMaskedImageModeling(config).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.8)
+    tokens, mask = torch.tensor([[0, 2, 1, 0, 2, 1]]), torch.tensor([[False, True, False, False, True, False]])
+
+    def chances_of(tokens, mask):
+        with torch.no_grad():
+            return model(input_ids=tokens, bool_masked_pos=mask).logits.double().softmax(-1)[0]
+
+    expected = torch.zeros(3, 3, dtype=torch.float64)  # of the colours of pixels 1 and 4
+    together = chances_of(tokens, mask)
+    if steps == 1:
+        expected = together[1][:, None] * together[4]
+    else:
+        for first, second in ((1, 4), (4, 1)):
+            for color in range(3):
+                known, left = tokens.clone(), torch.zeros_like(mask)
+                known[0, first], left[0, second] = color, True
+                row = together[first, color] * chances_of(known, left)[second] / 2
+                expected[(color, slice(None)) if first == 1 else (slice(None), color)] += row
+    drawn, nothing = inpaint_tokens(model, tokens, mask, 4000, steps=steps)
+    assert nothing is None
+    found = torch.zeros(3, 3, dtype=torch.float64)
+    found.index_put_((drawn[0, :, 1], drawn[0, :, 4]), torch.tensor(1 / 4000, dtype=torch.float64), accumulate=True)
+    assert (found - expected).abs().sum() / 2 < 0.03
+    assert torch.equal(fill_in(model, tokens, mask), fill_in(model, tokens, mask, steps=1))
+
+
+def test_masks_of_any_form_hide_the_same(processor):
+    """A picture, arrays and a box, of the image's size and of the model's; a pixel is hidden if any part of it is."""
+    expected = np.zeros((8, 8), dtype=bool)
+    expected[2:6, 4:8] = True
+    wide = np.kron(expected, np.ones((4, 4), dtype=bool))  # of an image of 32x32
+    fine = wide & (np.arange(32) % 4 == 2)  # a part of each pixel
+    picture = Image.fromarray(np.where(fine, 255, 0).astype(np.uint8))
+    for mask in (
+        expected,
+        expected.astype(int),
+        torch.from_numpy(expected).float(),
+        wide,
+        fine,
+        picture,
+        (0.5, 0.26, 1, 0.74),
+    ):
+        assert np.array_equal(find_hidden(processor, mask, (32, 32)), expected)
+    assert np.array_equal(find_hidden(processor, expected), expected)
+
+
+def test_masks_are_cropped_like_images(palette):
+    processor = ImageGPTImageProcessorPil(clusters=palette[:16], size=8, do_center_crop=True)
+    photo = np.zeros((32, 64, 3), dtype=np.uint8)  # its central square begins at column 16
+    hole = np.zeros((32, 64), dtype=bool)
+    hole[8:16, 24:32] = True
+    photo[hole] = 255
+    seen = np.asarray(processor(Image.fromarray(photo))["input_ids"]).reshape(8, 8)
+    assert np.array_equal(find_hidden(processor, hole, (64, 32)), seen != seen[0, 0])
+    squashing = ImageGPTImageProcessorPil(clusters=palette[:16], size=8)
+    assert find_hidden(squashing, hole, (64, 32)).sum() == 2 * 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((8, 8)), "hides nothing"),
+        (np.ones((8, 8)), "hides all pixels: `sample` draws whole images"),
+        (np.ones((7, 8)), r"shape \(7, 8\); the image has 8x8 or 20x20 pixels"),
+        (np.ones((8, 8, 3)), "shape"),
+        ((0.5, 0, 0.5, 1), "0 <= left < right <= 1"),
+        ((0, 0, 1), "0 <= left < right <= 1"),
+        ((0, float("nan"), 1, 1), "0 <= left < right <= 1"),
+        ("nowhere.png", "nowhere.png"),
+    ],
+    ids=str,
+)
+def test_masks_that_cannot_be(model, processor, mask, message):
+    with pytest.raises(ValueError, match=message):
+        inpaint(model, processor, images(1, size=20), mask)
+
+
+@pytest.mark.parametrize(
+    "options", [{"particles": 0}, {"num_completions": 0}, {"steps": 0}, {"temperature": 0}, {"top_p": 0}], ids=str
+)
+def test_inpainting_refuses_options(model, processor, options):
+    with pytest.raises(ValueError, match="at least 1|Sampling needs"):
+        inpaint(model, processor, images(1), (0, 0, 0.5, 0.5), **options)

@@ -1,21 +1,43 @@
-"""Drawing images: `sample()` draws whole images, `complete()` continues the upper rows of images, `fill_in()` hidden pixels."""
+"""Drawing images: `sample()` draws whole images, `complete()` continues upper rows, `inpaint()` fills any hole.
 
+A causal model fills a hole by sequential Monte Carlo, so that what comes after the hole shapes it too; a masked model reveals
+hidden pixels in rounds (`fill_in()`).
+"""
+
+import math
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from .cache_imagegpt import drawing_cache
+from .cache_imagegpt import add_room, drawing_cache
 from .features_imagegpt import evaluation_mode
 from .image_processing_imagegpt import AnyImageProcessor
 from .inputs_imagegpt import as_tokens, check_tokens
 from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
-from .pixels_imagegpt import AnyImage
+from .pixels_imagegpt import AnyImage, crop_to_square, open_image
+
+
+MaskSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor | Sequence[float]"
+PARTICLES = 64  # images that are drawn together for one hole
+ROUNDS = 16  # in which a masked model reveals hidden pixels
+_CHUNK_LOGITS = 2**25  # at most, while known pixels are read
 
 
 def sample(
@@ -40,8 +62,9 @@ def sample(
     """
     if num_images < 1:
         raise ValueError(f"num_images is at least 1; found {num_images}.")
+    processor.check_fits(model.config)
     prompts = torch.empty((num_images, 0), dtype=torch.long)
-    tokens = _continue(model, processor, prompts, seed, temperature, top_k, top_p, batch_size, progress)
+    tokens = _continue(model, prompts, seed, temperature, top_k, top_p, batch_size, progress)
     return tokens if return_tokens else processor.decode(tokens)
 
 
@@ -84,30 +107,307 @@ def complete(
         raise ValueError(f"Tokens of images have shape (n, {height * width}), n >= 1; found {tuple(tokens.shape)}.")
     check_tokens(tokens, model.config.vocab_size - 1, "tokens", model.config)
     prompts = tokens[:, : rows * width].long().repeat_interleave(num_completions, dim=0)
-    drawn = _continue(
-        model, processor, prompts, seed, temperature, top_k, top_p, batch_size, progress, **generate_kwargs
-    )
+    drawn = _continue(model, prompts, seed, temperature, top_k, top_p, batch_size, progress, **generate_kwargs)
     if return_tokens:
         return drawn.view(len(tokens), num_completions, -1)
     pictures = processor.decode(drawn)
     return [pictures[start : start + num_completions] for start in range(0, len(pictures), num_completions)]
 
 
+def inpaint(
+    model: ImageGPTForCausalImageModeling | ImageGPTForMaskedImageModeling,
+    processor: AnyImageProcessor,
+    images: str | AnyImage | Sequence[str | AnyImage],
+    mask: MaskSource,
+    num_completions: int = 1,
+    *,
+    particles: int = PARTICLES,
+    steps: int = ROUNDS,
+    seed: int | None = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> list[list[Image.Image]]:
+    """Draw the hidden pixels of each image anew: a list of `num_completions` PIL images for each of `images`.
+
+    images: anything the processor accepts. mask: which pixels are hidden, as in `find_hidden`. Known pixels are kept exactly.
+    The other arguments are those of `inpaint_tokens`. Invalid arguments are a ValueError.
+    """
+    processor.check_fits(model.config)
+    fetched: Any = processor.fetch_images(images)
+    fetched = fetched if isinstance(fetched, list) else [fetched]
+    tokens = processor(fetched, return_tensors="pt")["input_ids"]
+    sizes = [image.size if isinstance(image, Image.Image) else None for image in fetched]
+    hidden = np.stack([find_hidden(processor, mask, size).reshape(-1) for size in sizes])
+    drawn, _ = inpaint_tokens(
+        model,
+        tokens,
+        torch.from_numpy(hidden),
+        num_completions,
+        particles=particles,
+        steps=steps,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [processor.decode(row) for row in drawn]
+
+
+def find_hidden(processor: AnyImageProcessor, mask: MaskSource, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Return which pixels of the model's image a mask hides, (H, W) bool: those of which any part is hidden.
+
+    mask: a picture, or the path of one, whose light pixels (from 128) are hidden; an array (height, width) of booleans, of
+    integers other than 0, or of floats from 0.5; or a box (left, top, right, bottom) in fractions of the image. A picture or
+    an array has the image's size or the model's; the former is cropped as the image is. size: the image's (width, height), if
+    there is one. A mask of another shape, and one that hides nothing or all, is a ValueError.
+    """
+    grid = processor.token_grid()
+    whole = grid if size is None else size[::-1]
+    if isinstance(mask, (str, os.PathLike)):
+        mask = open_image(str(mask))
+    if isinstance(mask, Image.Image):
+        hides = np.asarray(mask.convert("L")) >= 128
+    elif isinstance(mask, (np.ndarray, torch.Tensor)):
+        array = mask.cpu().numpy() if torch.is_tensor(mask) else mask
+        hides = array >= 0.5 if array.dtype.kind == "f" else array != 0
+    else:
+        hides = _hide_box(mask, whole)
+    if hides.shape != grid:
+        if hides.shape != whole:
+            sizes = f"{grid[1]}x{grid[0]}" + ("" if whole == grid else f" or {whole[1]}x{whole[0]}")
+            raise ValueError(f"The mask has shape {hides.shape}; the image has {sizes} pixels (width x height).")
+        if processor.do_center_crop:
+            if processor.crop_size not in (None, processor.size):
+                raise ValueError(f"This processor crops after resizing: give a mask of {grid[1]}x{grid[0]} pixels.")
+            hides = np.asarray(crop_to_square(hides))
+        hides = _shrink(hides, grid)
+    if hides.all() or not hides.any():
+        what = (
+            "all pixels: `sample` draws whole images" if hides.any() else "nothing: its light pixels are what is drawn"
+        )
+        raise ValueError(f"The mask hides {what}.")
+    return hides
+
+
+def _hide_box(box: Any, shape: tuple[int, int]) -> np.ndarray:
+    """Return a mask of `shape` that hides the pixels touched by `box`, (left, top, right, bottom) in fractions."""
+    if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ValueError(
+            f"A box is (left, top, right, bottom) in fractions of the image, 0 <= left < right <= 1 and so on; found {box}."
+        )
+    height, width = shape
+    hides = np.zeros(shape, dtype=bool)
+    rows = slice(math.floor(box[1] * height), math.ceil(box[3] * height))
+    hides[rows, math.floor(box[0] * width) : math.ceil(box[2] * width)] = True
+    return hides
+
+
+def _shrink(hides: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Return which cells of a grid that is laid over `hides` (height, width) overlap a hidden pixel."""
+    for axis, cells in enumerate(grid):
+        length = hides.shape[axis]
+        starts = [index * length // cells for index in range(cells)]
+        ends = [-(-(index + 1) * length // cells) for index in range(cells)]
+        parts = [hides.take(range(*span), axis).any(axis) for span in zip(starts, ends, strict=True)]
+        hides = np.stack(parts, axis)
+    return hides
+
+
+@torch.no_grad()
+def inpaint_tokens(
+    model: ImageGPTForCausalImageModeling | ImageGPTForMaskedImageModeling,
+    tokens: torch.Tensor,
+    hidden: torch.Tensor,
+    num_completions: int = 1,
+    *,
+    particles: int = PARTICLES,
+    steps: int = ROUNDS,
+    seed: int | None = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Draw the pixels of images `tokens` (B, N) that `hidden` (B, N) marks: tokens (B, num_completions, N) int64, on the CPU.
+
+    A causal model draws `particles` images together for each completion, pixel by pixel. Where pixels are known, each image
+    is weighted by the probability that the model gives to them, and images are resampled by their weights once these differ
+    so much that the effective number of images is below half. One of the images is drawn by the weights at the end: with many
+    particles, from the model's posterior given all known pixels. One particle is the usual shortcut of clamping, in which a
+    hole does not know what comes after it. The second result is the estimated log-probability of the known pixels, in nats
+    per known pixel (B,); None if all hidden pixels come last, where this is `complete`, and no particles are needed.
+
+    A masked model reveals the hidden pixels in `steps` rounds of a random order, as in `fill_in`; nothing is truncated, and
+    the second result is None.
+
+    batch_size: images drawn at a time, particles of a completion always together. seed, temperature, top_k, top_p: as in
+    `sample`. Invalid arguments are a ValueError.
+    """
+    check_tokens(tokens := as_tokens(tokens), model.config.vocab_size - 1, "tokens", model.config)
+    if hidden.shape != tokens.shape or hidden.dtype != torch.bool or tokens.shape[1] != model.config.n_positions:
+        raise ValueError(
+            f"Tokens and hidden pixels (bool) have shape (B, {model.config.n_positions}); found {tuple(tokens.shape)} and "
+            f"{hidden.dtype} {tuple(hidden.shape)}."
+        )
+    for name, count in {"num_completions": num_completions, "particles": particles, "steps": steps}.items():
+        if count < 1:
+            raise ValueError(f"{name} is at least 1; found {count}.")
+    _check_sampling(temperature, top_k, top_p)
+    if isinstance(model, ImageGPTForMaskedImageModeling):
+        rows = [
+            fill_in(model, row.expand(num_completions, -1), mask.expand(num_completions, -1), steps=steps, seed=seed)
+            for row, mask in zip(tokens, hidden, strict=True)
+        ]
+        return torch.stack(rows), None
+    last = len(hidden[0]) - int(hidden[0].sum())
+    if hidden[:, last:].all() and hidden.sum() == hidden[:, last:].numel():
+        prompts = tokens[:, :last].repeat_interleave(num_completions, dim=0)
+        drawn = _continue(model, prompts, seed, temperature, top_k, top_p, batch_size, progress)
+        return drawn.view(len(tokens), num_completions, -1), None
+    warpers = LogitsProcessorList()
+    if temperature != 1:
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    at_once = max(1, batch_size // particles)
+    groups = [min(at_once, num_completions - start) for start in range(0, num_completions, at_once)]
+    results, chances = [], []
+    with (
+        evaluation_mode(model),
+        tqdm(
+            total=tokens.numel() * len(groups),
+            desc="Drawing",
+            unit="pixel",
+            disable=None if progress else True,
+            leave=False,
+        ) as bar,
+    ):
+        for row, mask in zip(tokens, hidden, strict=True):
+            generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+            parts = [
+                _draw_posterior(model, row, mask.tolist(), count, particles, warpers, generator, bar)
+                for count in groups
+            ]
+            results.append(torch.cat([filled for filled, _ in parts]).cpu())
+            evidence = torch.cat([evidence for _, evidence in parts])
+            chances.append((evidence.logsumexp(0) - math.log(num_completions)) / (~mask).sum())
+    return torch.stack(results), torch.stack(chances).cpu()
+
+
+def _draw_posterior(
+    model: ImageGPTForCausalImageModeling,
+    tokens: torch.Tensor,
+    hidden: list[bool],
+    groups: int,
+    particles: int,
+    warpers: LogitsProcessorList,
+    generator: torch.Generator | None,
+    bar: tqdm,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fill one image, `tokens` (N,), `groups` times, each by `particles` of its own.
+
+    Returns the images (groups, N), and the estimates of the log-probability of all known pixels (groups,).
+    """
+    n_pixels, device = len(hidden), model.device
+    first, last_known = hidden.index(True), n_pixels - 1 - hidden[::-1].index(False)
+    rows = tokens.to(device)[None]  # (1, N), and (groups · particles, N) from the first hidden pixel on
+    pending = rows.new_full((1, 1), model.config.sos_token_id)  # the last pixel that is decided, which is not yet read
+    log_weights = torch.zeros(1, 1, dtype=torch.float64, device=device)  # (groups, particles) likewise, since resampled
+    evidence = torch.zeros(1, dtype=torch.float64, device=device)
+    cache = DynamicCache(config=model.config)
+    add_room(cache, n_pixels)
+
+    def read(inputs: torch.Tensor) -> torch.Tensor:
+        bar.update(inputs.shape[1])
+        return model(input_ids=inputs, past_key_values=cache, use_cache=True).logits.float()
+
+    def keep(chosen: torch.Tensor) -> None:
+        nonlocal rows, pending
+        rows, pending = rows[chosen], pending[chosen]
+        cache.reorder_cache(chosen)  # type: ignore[arg-type]  # an annotation that no int64 tensor has
+
+    def choose_one() -> torch.Tensor:
+        firsts = torch.arange(len(log_weights), device=device)[:, None] * log_weights.shape[1]
+        return (firsts + _resample(log_weights, 1, generator)).flatten()
+
+    place = 0
+    while place < n_pixels:
+        if place == first and first < last_known:
+            keep(torch.zeros(groups * particles, dtype=torch.long, device=device))
+            log_weights, evidence = log_weights.new_zeros(groups, particles), evidence.expand(groups)
+        if hidden[place]:
+            if place == last_known + 1:  # what is to come changes no weight
+                keep(choose_one())
+            logits: Any = warpers(rows[:, :place], read(pending)[:, -1])  # type: ignore[arg-type]  # likewise
+            pending = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+            rows[:, place : place + 1] = pending
+            place += 1
+            continue
+        end = next((index for index in range(place, n_pixels) if hidden[index]), n_pixels)
+        end = min(end, place + max(1, _CHUNK_LOGITS // (len(rows) * model.config.vocab_size)))
+        known = rows[:, place:end]
+        chances = read(torch.cat([pending, known[:, :-1]], dim=1)).log_softmax(dim=-1)
+        chances = chances.gather(-1, known[..., None]).double().sum(dim=(1, 2)).view_as(log_weights)
+        evidence = evidence + (log_weights + chances).logsumexp(1) - log_weights.logsumexp(1)
+        log_weights, pending, place = log_weights + chances, known[:, -1:], end
+        effective = 1 / log_weights.softmax(1).square().sum(1)  # how many particles the weights leave
+        poor = effective < log_weights.shape[1] / 2
+        if place < last_known and poor.any():
+            everyone = torch.arange(particles, device=device).expand(groups, -1)
+            chosen = torch.where(poor[:, None], _resample(log_weights, particles, generator), everyone)
+            keep((torch.arange(groups, device=device)[:, None] * particles + chosen).flatten())
+            log_weights = log_weights.masked_fill(poor[:, None], 0)
+    return (rows if hidden[-1] else rows[choose_one()]), evidence
+
+
+def _resample(log_weights: torch.Tensor, count: int, generator: torch.Generator | None) -> torch.Tensor:
+    """Draw `count` indices for each row of weights (G, P), in proportion to them, systematically: (G, count)."""
+    offsets = torch.rand(len(log_weights), 1, generator=generator, dtype=torch.float64, device=log_weights.device)
+    points = (torch.arange(count, dtype=torch.float64, device=log_weights.device) + offsets) / count
+    edges = log_weights.softmax(1).cumsum(1)
+    return torch.searchsorted(edges / edges[:, -1:], points, right=True).clamp(max=log_weights.shape[1] - 1)
+
+
 @torch.no_grad()
 def fill_in(
-    model: ImageGPTForMaskedImageModeling, tokens: torch.Tensor, mask: torch.Tensor, *, seed: int | None = 0
+    model: ImageGPTForMaskedImageModeling,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    steps: int = 1,
+    seed: int | None = 0,
 ) -> torch.Tensor:
-    """Draw the hidden pixels of `tokens` (B, N) from a masked model's predictions given all other pixels; return (B, N).
+    """Draw the hidden pixels of `tokens` (B, N) from a masked model's predictions; return (B, N), on the CPU.
 
-    mask: (B, N), True where a pixel is hidden. Hidden pixels are drawn independently of each other. seed: the same seed and
-    machine give the same pixels; None draws from torch's own random state. The result is on the CPU.
+    mask: (B, N), True where a pixel is hidden. They are revealed in `steps` rounds, in a random order for each image: those
+    of one round are drawn independently of each other, given all known and revealed pixels. With as many rounds as there are
+    hidden pixels they are drawn one by one. seed: the same seed and machine give the same pixels; None draws from torch's
+    own random state.
     """
     tokens, mask = tokens.to(model.device), mask.to(model.device)
-    with evaluation_mode(model):
-        chances = model(input_ids=tokens, bool_masked_pos=mask).logits.float().softmax(dim=-1)  # (B, N, K)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    drawn = torch.multinomial(chances.flatten(0, 1).cpu(), 1, generator=generator).view_as(mask)
-    return torch.where(mask.cpu(), drawn, tokens.cpu())
+    order = torch.zeros(mask.shape)
+    if steps > 1:  # the round in which a hidden pixel is revealed, as even as can be
+        shuffled = torch.rand(mask.shape, generator=generator).masked_fill(~mask.cpu(), 2).argsort(dim=1).argsort(dim=1)
+        order = shuffled * steps // mask.sum(dim=1, keepdim=True).cpu().clamp(min=1)
+    for step in range(steps):
+        reveals = (order == step).to(mask.device) & mask
+        if not reveals.any():
+            continue
+        with evaluation_mode(model):
+            chances = model(input_ids=tokens, bool_masked_pos=mask).logits.float().softmax(dim=-1)  # (B, N, K)
+        drawn = torch.multinomial(chances.flatten(0, 1).cpu(), 1, generator=generator).view(mask.shape)
+        tokens = torch.where(reveals, drawn.to(tokens.device), tokens)
+        mask = mask & ~reveals
+    return tokens.cpu()
 
 
 class _Progress(StoppingCriteria):
@@ -119,6 +419,13 @@ class _Progress(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.bar.update(len(input_ids))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    if not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0):
+        raise ValueError(
+            f"Sampling needs temperature > 0, 0 < top_p <= 1, top_k >= 0; found {temperature}, {top_p}, {top_k}."
+        )
 
 
 _DRAWING = threading.RLock()  # one thread draws at a time: `generate` draws from torch's random state, which all share
@@ -138,7 +445,6 @@ def _neutral_defaults(model: ImageGPTForCausalImageModeling) -> Iterator[None]:
 @torch.no_grad()
 def _continue(
     model: ImageGPTForCausalImageModeling,
-    processor: AnyImageProcessor,
     prompts: torch.Tensor,
     seed: int | None,
     temperature: float,
@@ -149,11 +455,7 @@ def _continue(
     **generate_kwargs: Any,
 ) -> torch.Tensor:
     """Continue `prompts` (n, T), pixels without SOS, to the tokens of whole images (n, N), on the CPU."""
-    processor.check_fits(model.config)
-    if temperature <= 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(
-            f"Sampling needs temperature > 0, 0 < top_p <= 1, top_k >= 0; found {temperature}, {top_p}, {top_k}."
-        )
+    _check_sampling(temperature, top_k, top_p)
     decided = {"max_length", "max_new_tokens", "num_return_sequences"} & set(generate_kwargs)
     if decided:
         raise ValueError(
