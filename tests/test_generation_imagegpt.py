@@ -435,3 +435,26 @@ def test_masks_that_cannot_be(model, processor, mask, message):
 def test_inpainting_refuses_options(model, processor, options):
     with pytest.raises(ValueError, match="at least 1|Sampling needs"):
         inpaint(model, processor, images(1), (0, 0, 0.5, 0.5), **options)
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_the_script_fills_holes(processor, tmp_path, objective, capsys):
+    kinds = {"causal": ImageGPTForCausalImageModeling, "masked": ImageGPTForMaskedImageModeling}
+    randomized(kinds[objective](small_config(objective=objective))).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (photo,) = images(1, size=20)
+    photo.save(tmp_path / "photo.png")
+    Image.fromarray(np.pad(np.full((5, 5), 255, dtype=np.uint8), (5, 10))).save(tmp_path / "hole.png")
+    options = {"images": [str(tmp_path / "photo.png")], "num_completions": 2, "particles": 3}
+    for hole in ({"mask": str(tmp_path / "hole.png")}, {"box": [0.0, 0.0, 0.5, 0.5]}):
+        args = SampleArguments(str(tmp_path), output_dir=str(tmp_path / "out"), **options, **hole)
+        assert draw(args, DataArguments()) == [tmp_path / "out" / "inpainted.png"]
+        assert ("Nats per known pixel" in capsys.readouterr().out) == (objective == "causal")
+    for wrong, message in (
+        ({"mask": "a.png", "rows": 2}, "--rows and --mask each say"),
+        ({"mask": "a.png", "images": []}, "--mask applies to images"),
+        ({"box": [0.0, 0.0, 0.0, 0.0]}, "left < right"),
+        ({"box": [0.0]}, "left < right"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(SampleArguments(str(tmp_path), **options | wrong), DataArguments())

@@ -18,7 +18,7 @@ from hf_igpt import (
 )
 from hf_igpt.data import read_image
 from hf_igpt.features_imagegpt import features_of_tokens
-from hf_igpt.generation_imagegpt import complete
+from hf_igpt.generation_imagegpt import complete, inpaint
 from hf_igpt.pipelines_imagegpt import ImageCompletionPipeline
 
 
@@ -75,6 +75,23 @@ def test_batches_files_and_options(folder, tmp_path):
     ):  # greedy: the two are one, and batching changes nothing
         assert np.array_equal(*map(np.asarray, pictures))
         assert np.array_equal(pictures[0], completer(photo(source), top_k=1)[0])
+
+
+def test_holes(folder, model, processor):
+    completer, given, box = pipeline("image-completion", folder), [photo(0), photo(1)], (0.25, 0.25, 0.75, 0.75)
+    pictures = completer(given, mask=box, num_completions=2, particles=4, seed=3)
+    expected = inpaint(model, processor, given, box, 2, particles=4, seed=3)
+    for row, others in zip(pictures, expected, strict=True):
+        assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(row, others, strict=True))
+    together = completer(given, mask=box, num_completions=2, particles=4, seed=3, batch_size=2)
+    assert np.array_equal(np.asarray(together[1][1]), np.asarray(expected[1][1]))
+    for options, message in (
+        ({"rows": 2}, "give one of them"),
+        ({"num_beams": 2}, "no option num_beams"),
+        ({"mask": np.ones((3, 3))}, "The mask has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            completer(given[0], **{"mask": box} | options)
 
 
 def test_refusals(folder, model, palette):

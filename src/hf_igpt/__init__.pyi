@@ -1,6 +1,6 @@
 from .configuration_imagegpt import ImageGPTConfig
 from .features_imagegpt import extract
-from .generation_imagegpt import complete, sample
+from .generation_imagegpt import complete, inpaint, sample
 from .image_processing_imagegpt import ImageGPTImageProcessor, ImageGPTImageProcessorPil
 from .modeling_imagegpt import (
     ImageGPTForCausalImageModeling,
@@ -25,6 +25,7 @@ __all__ = [
     "ImageGPTModel",
     "complete",
     "extract",
+    "inpaint",
     "register",
     "sample",
 ]

@@ -31,12 +31,11 @@ from .features_imagegpt import evaluation_mode
 from .image_processing_imagegpt import AnyImageProcessor
 from .inputs_imagegpt import as_tokens, check_tokens
 from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
-from .pixels_imagegpt import AnyImage, crop_to_square, open_image
+from .pixels_imagegpt import AnyImage, ImageSource, crop_to_square, open_image, size_of
+from .presets import INPAINTING_PARTICLES, INPAINTING_ROUNDS
 
 
-MaskSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor | Sequence[float]"
-PARTICLES = 64  # images that are drawn together for one hole
-ROUNDS = 16  # in which a masked model reveals hidden pixels
+MaskSource: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor | Sequence[float]
 _CHUNK_LOGITS = 2**25  # at most, while known pixels are read
 
 
@@ -117,12 +116,12 @@ def complete(
 def inpaint(
     model: ImageGPTForCausalImageModeling | ImageGPTForMaskedImageModeling,
     processor: AnyImageProcessor,
-    images: str | AnyImage | Sequence[str | AnyImage],
+    images: ImageSource | Sequence[ImageSource],
     mask: MaskSource,
     num_completions: int = 1,
     *,
-    particles: int = PARTICLES,
-    steps: int = ROUNDS,
+    particles: int = INPAINTING_PARTICLES,
+    steps: int = INPAINTING_ROUNDS,
     seed: int | None = 0,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -137,10 +136,10 @@ def inpaint(
     """
     processor.check_fits(model.config)
     fetched: Any = processor.fetch_images(images)
-    fetched = fetched if isinstance(fetched, list) else [fetched]
+    if isinstance(fetched, Image.Image) or (not isinstance(fetched, list) and fetched.ndim <= 3):
+        fetched = [fetched]
+    hidden = np.stack([find_hidden(processor, mask, size_of(image)).ravel() for image in fetched])
     tokens = processor(fetched, return_tensors="pt")["input_ids"]
-    sizes = [image.size if isinstance(image, Image.Image) else None for image in fetched]
-    hidden = np.stack([find_hidden(processor, mask, size).reshape(-1) for size in sizes])
     drawn, _ = inpaint_tokens(
         model,
         tokens,
@@ -168,8 +167,11 @@ def find_hidden(processor: AnyImageProcessor, mask: MaskSource, size: tuple[int,
     """
     grid = processor.token_grid()
     whole = grid if size is None else size[::-1]
-    if isinstance(mask, (str, os.PathLike)):
-        mask = open_image(str(mask))
+    if isinstance(mask, (str, os.PathLike, Image.Image)):
+        try:
+            mask = open_image(mask)
+        except ValueError as error:
+            raise ValueError(f"The mask {mask} cannot be read: {error}") from error
     if isinstance(mask, Image.Image):
         hides = np.asarray(mask.convert("L")) >= 128
     elif isinstance(mask, (np.ndarray, torch.Tensor)):
@@ -225,8 +227,8 @@ def inpaint_tokens(
     hidden: torch.Tensor,
     num_completions: int = 1,
     *,
-    particles: int = PARTICLES,
-    steps: int = ROUNDS,
+    particles: int = INPAINTING_PARTICLES,
+    steps: int = INPAINTING_ROUNDS,
     seed: int | None = 0,
     temperature: float = 1.0,
     top_k: int = 0,

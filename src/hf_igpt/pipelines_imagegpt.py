@@ -5,17 +5,17 @@ turn white, and transparency black.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, ImageClassificationPipeline, ImageFeatureExtractionPipeline, Pipeline
 
 from .features_imagegpt import check_layers, features_of_tokens
-from .generation_imagegpt import complete
+from .generation_imagegpt import MaskSource, complete, find_hidden, inpaint_tokens
 from .image_processing_imagegpt import AnyImageProcessor
 from .modeling_imagegpt import ImageGPTForCausalImageModeling
-from .pixels_imagegpt import ImageSource
+from .pixels_imagegpt import AnyImage, ImageSource, size_of
 
 
 def _is_ours(part: Any) -> bool:
@@ -33,11 +33,12 @@ def _tokenize(pipe: Pipeline, source: ImageSource, timeout: float | None, **opti
 
 
 class ImageCompletionPipeline(Pipeline):
-    """Keep the upper rows of an image and draw the rest.
+    """Keep the upper rows of an image, or all but a hole in it, and draw the rest.
 
     Called as `pipe("cat.png", rows=16, num_completions=3)`, it returns a list of `num_completions` PIL images; for a list of
     images (anything the processor reads), a list of such lists. rows: the number of rows to keep, in pixels of the model's images
-    (default: half of them; 0: none). seed: makes the drawing of each batch repeatable and restores torch's random state
+    (default: half of them; 0: none). mask: what is drawn instead of lower rows, a picture, an array or a box, as in
+    `generation_imagegpt.find_hidden`; particles: as in `inpaint_tokens`. seed: makes the drawing of each batch repeatable and restores torch's random state
     afterwards. Other arguments (temperature, top_k, top_p, …) go to `generate`, whose defaults are the paper's sampling.
     Invalid arguments, and a processor that does not fit the model, are a ValueError.
     """
@@ -61,6 +62,7 @@ class ImageCompletionPipeline(Pipeline):
         num_completions: int | None = None,
         seed: int | None = None,
         timeout: float | None = None,
+        mask: MaskSource | None = None,
         **generate_kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         height = self.image_processor.token_grid()[0]
@@ -70,11 +72,28 @@ class ImageCompletionPipeline(Pipeline):
             raise ValueError(f"num_completions is at least 1; found {num_completions}.")
         options = {"rows": rows, "num_completions": num_completions, "seed": seed}
         forward = {name: value for name, value in options.items() if value is not None} | generate_kwargs
-        return ({} if timeout is None else {"timeout": timeout}), forward, {}
+        if mask is not None and rows is not None:
+            raise ValueError("rows and mask each say what is drawn: give one of them.")
+        unknown = set(generate_kwargs) - {"temperature", "top_k", "top_p", "particles", "batch_size"}
+        if mask is not None and unknown:
+            raise ValueError(f"With a mask there is no option {', '.join(sorted(unknown))}: these are for completions.")
+        preprocess = {"timeout": timeout, "mask": mask}
+        return {name: value for name, value in preprocess.items() if value is not None}, forward, {}
 
-    def preprocess(self, image: ImageSource, timeout: float | None = None) -> BatchFeature:
-        """Turn an image, of any kind that the processor reads, into tokens (1, N). timeout: in seconds, for downloads."""
-        return _tokenize(self, image, timeout)
+    def preprocess(
+        self, image: ImageSource, timeout: float | None = None, mask: MaskSource | None = None
+    ) -> BatchFeature:
+        """Turn an image, of any kind that the processor reads, into tokens (1, N), and a mask into hidden pixels (1, N).
+
+        timeout: in seconds, for downloads.
+        """
+        if mask is None:
+            return _tokenize(self, image, timeout)
+        image = cast(AnyImage, self.image_processor.fetch_images(image, timeout))
+        features = _tokenize(self, image, timeout)
+        hidden = find_hidden(self.image_processor, mask, size_of(image))
+        features["bool_masked_pos"] = torch.from_numpy(hidden).view(1, -1)
+        return features
 
     def _forward(
         self,
@@ -87,6 +106,11 @@ class ImageCompletionPipeline(Pipeline):
         tokens = model_inputs["input_ids"]  # (B, N)
         config = generate_kwargs.get("generation_config", self.model.generation_config)
         sampling = {"temperature": config.temperature, "top_p": config.top_p}
+        options = {name: value for name, value in sampling.items() if value is not None} | generate_kwargs
+        if "bool_masked_pos" in model_inputs:
+            hidden = model_inputs["bool_masked_pos"].cpu()
+            options |= {"seed": seed, "progress": False}
+            return {"tokens": inpaint_tokens(self.model, tokens.cpu(), hidden, num_completions, **options)[0]}
         drawn = complete(
             self.model,
             self.image_processor,
@@ -98,7 +122,7 @@ class ImageCompletionPipeline(Pipeline):
             batch_size=len(tokens) * num_completions,
             progress=False,
             return_tokens=True,
-            **{name: value for name, value in sampling.items() if value is not None} | generate_kwargs,
+            **options,
         )
         return {"tokens": drawn}
 

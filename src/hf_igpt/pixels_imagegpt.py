@@ -172,6 +172,15 @@ def find_layout(image: ImageArray, layout: ChannelDimension | str | None = None)
     return possible[0]
 
 
+def size_of(image: AnyImage) -> tuple[int, int]:
+    """Return the (width, height) in pixels of a PIL image or an array; layout: as `find_layout` finds it."""
+    if isinstance(image, Image.Image):
+        return image.size
+    is_last = image.ndim == 3 and find_layout(image) == ChannelDimension.LAST
+    height, width = image.shape[:2] if is_last else image.shape[-2:]
+    return width, height
+
+
 def reduce_depth(image: AnyImage) -> AnyImage:
     """Reduce an image to 8 bits per channel; it stays a PIL image, a numpy array or a tensor. Arrays have 2 or 3 dimensions.
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from ..data.arguments import check_numbers
 from ..presets import (
     EVALUATION_MASKS,
+    INPAINTING_PARTICLES,
+    INPAINTING_ROUNDS,
     KNN_NEIGHBORS,
     MAX_COLORS,
     N_COLORS,
@@ -58,7 +60,27 @@ class SampleArguments:
         default=0, metadata={"help": "Complete this many held-out images of the dataset (the digits by default)."}
     )
     rows: int | None = field(default=None, metadata={"help": "Upper rows kept of each image. Default: half of them."})
+    mask: str | None = field(
+        default=None,
+        metadata={
+            "help": "Picture whose light pixels are drawn anew in each image; of the images' size or of the model's."
+        },
+    )
+    box: list[float] | None = field(
+        default=None,
+        metadata={"help": "Box that is drawn anew in each image: left top right bottom, in fractions of it."},
+    )
     num_completions: int = field(default=5, metadata={"help": "Completions of each image."})
+    particles: int = field(
+        default=INPAINTING_PARTICLES,
+        metadata={
+            "help": "For --mask and --box: images drawn together for each completion; more fit their surroundings better."
+        },
+    )
+    steps: int = field(
+        default=INPAINTING_ROUNDS,
+        metadata={"help": "For --mask and --box with a masked model: rounds in which hidden pixels are revealed."},
+    )
     temperature: float = field(default=1.0, metadata={"help": "Softmax temperature (paper: 1)."})
     top_k: int = field(default=0, metadata={"help": "Draw among this many likeliest colours only; 0: all (paper)."})
     top_p: float = field(default=1.0, metadata={"help": "Draw among the likeliest colours of this total probability."})
@@ -75,7 +97,7 @@ class SampleArguments:
 
     def __post_init__(self) -> None:
         ranges = {
-            "at least 1": ("num_completions", "batch_size"),
+            "at least 1": ("num_completions", "batch_size", "particles", "steps"),
             "positive": ("temperature",),
             "above 0 and at most 1": ("top_p",),
         }

@@ -1,17 +1,18 @@
-"""`scripts/run_sample.py`: draw images with a trained model, from nothing, or completing the upper rows of given images."""
+"""`scripts/run_sample.py`: draw images with a trained model, from nothing, or completing given images."""
 
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import data
 from ..configuration_imagegpt import ImageGPTConfig
 from ..evaluation.held_out import select_held_out
 from ..evaluation.records import save_picture
-from ..generation_imagegpt import complete, sample
-from ..modeling_imagegpt import ImageGPTForCausalImageModeling
+from ..generation_imagegpt import complete, find_hidden, inpaint_tokens, sample
+from ..modeling_imagegpt import GENERATIVE_MODELS
 from ..reporting import plots
 from .arguments import SampleArguments
 from .cli import find_device
@@ -19,20 +20,27 @@ from .folders import check_model_exists, folder_beside, load_trained
 
 
 def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
-    """Write `samples.png` and `completions.png` as the arguments ask; returns their paths."""
-    if args.rows is not None and not (args.images or args.num_held_out):
-        raise ValueError("--rows applies to images that are completed: name them with --images or --num_held_out.")
+    """Write `samples.png`, and `completions.png` or `inpainted.png`, as the arguments ask; returns their paths."""
+    asked = [name for name in ("rows", "mask", "box") if getattr(args, name) is not None]
+    if asked and not (args.images or args.num_held_out):
+        raise ValueError(
+            f"--{asked[0]} applies to images that are completed: name them with --images or --num_held_out."
+        )
+    if len(asked) > 1:
+        raise ValueError(f"--{asked[0]} and --{asked[1]} each say what is drawn: give one of them.")
+    mask: Any = args.mask if args.box is None else args.box
     check_model_exists(args.model_name_or_path)
     folder = folder_beside(args.model_name_or_path, args.output_dir)
     device = find_device(args.device)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    if ImageGPTConfig.from_pretrained(args.model_name_or_path).objective != "causal":
+    objective = ImageGPTConfig.from_pretrained(args.model_name_or_path).objective
+    if objective != "causal" and (mask is None or args.num_images):
         raise ValueError(
             f"{args.model_name_or_path} is a masked model, which draws hidden pixels given the others and no whole images: draw "
-            "with a causal one, or call `hf_igpt.generation_imagegpt.fill_in`."
+            "with a causal one, or give --images with --mask or --box, which say what is hidden."
         )
     remedy = "Draw with the model it was made from."
-    model = load_trained(ImageGPTForCausalImageModeling, args.model_name_or_path, remedy, dtype=dtype)
+    model = load_trained(GENERATIVE_MODELS[objective], args.model_name_or_path, remedy, dtype=dtype)
     processor = data.processor_of(args.model_name_or_path, model.config)
     height = processor.token_grid()[0]
     if args.rows is not None and args.rows > height:
@@ -43,6 +51,7 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
         cells, _ = select_held_out(args.model_name_or_path, data_args, args.num_held_out, args.split_seed)
         print(f"Completing {len(cells)} held-out images of {data_args.name()}")
         given += [data.read_image(cell) for cell in cells]
+    hidden = None if mask is None else np.stack([find_hidden(processor, mask, image.size).ravel() for image in given])
     folder.mkdir(parents=True, exist_ok=True)
     options = {name: getattr(args, name) for name in ("seed", "temperature", "top_k", "top_p", "batch_size")}
     written = []
@@ -53,7 +62,16 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
         print(f"Drew {num_images} images, {(time.perf_counter() - start) / num_images * 1000:.0f} ms each")
         written.append(folder / "samples.png")
         save_picture(plots.square_grid(pictures), written[-1])
-    if given:
+    if hidden is not None:
+        tokens = processor(given, return_tensors="pt")["input_ids"]
+        options |= {"particles": args.particles, "steps": args.steps}
+        drawn, nats = inpaint_tokens(model, tokens, torch.from_numpy(hidden), args.num_completions, **options)
+        if nats is not None:
+            print(f"Nats per known pixel: {', '.join(f'{-value:.3f}' for value in nats.tolist())}")
+        written.append(folder / "inpainted.png")
+        rows = plots.picture_of_completions(processor, given, [processor.decode(row) for row in drawn], hidden=hidden)
+        save_picture(plots.completions_picture(rows), written[-1])
+    elif given:
         completions: Any = complete(model, processor, given, args.rows, args.num_completions, **options)
         written.append(folder / "completions.png")
         rows = plots.picture_of_completions(processor, given, completions, args.rows)

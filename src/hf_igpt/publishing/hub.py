@@ -61,7 +61,7 @@ CUSTOM_PIPELINES = {
 WEIGHTS = "model*.safetensors*"  # one file, or shards and their index
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 # What an earlier commit may hold that a new one does not; other files there are their owner's, and stay.
-PICTURES = ("samples.png", "completions.png", "masked.png", "training.png", "confusion.png")
+PICTURES = ("samples.png", "completions.png", "inpainted.png", "masked.png", "training.png", "confusion.png")
 REPLACED = (
     WEIGHTS,
     "pytorch_model*",

@@ -13,11 +13,13 @@ from ..clusters import nearest_color, to_grey_levels
 from ..data import read_image
 from ..evaluation.records import Record, describe_model, own_file
 from ..image_processing_imagegpt import AnyImageProcessor
+from ..inputs_imagegpt import IGNORE_INDEX
 
 
 CAPTIONS = {  # of the pictures in a run's folder
     "samples.png": "Images drawn by the model",
     "completions.png": "Images, the upper rows that were given, completions",
+    "inpainted.png": "Images, the pixels that were given, and what was drawn in their holes",
     "masked.png": "Images, what the masked model saw of them, and what it made of that",
     "training.png": "The course of training",
     "confusion.png": "Classes of the test images, and what the model says",
@@ -95,14 +97,18 @@ def picture_of_completions(
     images: Sequence[Image.Image],
     completions: Sequence[Sequence[Image.Image]],
     rows: int | None = None,
+    hidden: np.ndarray | None = None,
 ) -> list[list[Image.Image]]:
-    """Rows of pictures for a grid: each image as the model sees it, its kept part, and its completions."""
-    tokens = processor(list(images), return_tensors="pt")["input_ids"]
+    """Rows of pictures for a grid: each image as the model sees it, its kept part, and its completions.
+
+    What was kept: the upper `rows` (by default half of them), or the pixels that are not `hidden` (n, N).
+    """
+    tokens = processor(list(images), return_tensors="np")["input_ids"]
     height, width = processor.token_grid()
-    rows = height // 2 if rows is None else rows
-    originals = processor.decode(tokens)
-    halves = processor.decode(tokens[:, : rows * width], missing="grey")
-    return [[o, h, *c] for o, h, c in zip(originals, halves, completions, strict=True)]
+    if hidden is None:
+        hidden = np.arange(height * width) >= width * (height // 2 if rows is None else rows)
+    given = processor.decode(np.where(hidden, IGNORE_INDEX, tokens), missing="grey")
+    return [[o, g, *c] for o, g, c in zip(processor.decode(tokens), given, completions, strict=True)]
 
 
 def picture_of_masks(processor: AnyImageProcessor, tokens: Any, mask: Any, filled: Any) -> list[list[Image.Image]]:
