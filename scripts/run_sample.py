@@ -3,8 +3,10 @@
     python scripts/run_sample.py --model_name_or_path outputs/pretrain --num_images 16
     python scripts/run_sample.py --model_name_or_path outputs/pretrain --images cat.png dog.png --rows 4
     python scripts/run_sample.py --model_name_or_path outputs/pretrain --num_held_out 6      # held-out digits
+    python scripts/run_sample.py --model_name_or_path outputs/pretrain --num_held_out 6 --box 0.25 0.25 0.75 0.75
 
-Seconds for small models. Writes samples.png, completions.png (original, given part, completions) to --output_dir.
+Seconds for small models; a hole takes as long as --particles whole images. Writes samples.png, and completions.png or
+inpainted.png (original, given part, completions) to --output_dir.
 Temperature 1 and nothing truncated, as in the paper, unless told otherwise.
 """
 

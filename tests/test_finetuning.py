@@ -261,7 +261,7 @@ def test_test_images_are_of_the_split_that_pretraining_held_out(pretrained, tmp_
     assert "Splits are drawn by seed 1" in capsys.readouterr().out
     assert records[0].seed == 7 and records[0].split_seed == 1
     assert find_split_seed(str(tmp_path / "run"), DataArguments(), 3) == 1
-    with pytest.raises(ValueError, match="train_val_split None, not 0.5"):
+    with pytest.raises(ValueError, match="the default --train_val_split, not 0.5"):
         fit(tmp_path / "other", from_folder(pretrained / "causal"), {"train_val_split": 0.5}, max_steps=2)
 
 
