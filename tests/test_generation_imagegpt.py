@@ -254,6 +254,21 @@ def test_results_are_not_written_to_linked_folders(name, folder):
     assert folder_beside(str(folder), str(folder.parent), name) == folder.parent  # one that was named
 
 
+def test_pictures_may_be_enlarged(model, processor):
+    """Each token becomes a square, without blur."""
+    for draw_images in (
+        lambda **scale: sample(model, processor, 1, **scale),
+        lambda **scale: complete(model, processor, images(1), **scale)[0],
+        lambda **scale: inpaint(model, processor, images(1), (0, 0, 0.5, 0.5), particles=2, **scale)[0],
+    ):
+        (small,), (large,) = draw_images(), draw_images(scale=3)
+        assert large.size == (24, 24)
+        assert np.array_equal(np.kron(np.asarray(small), np.ones((3, 3, 1), dtype=np.uint8)), np.asarray(large))
+    for scale in (0, 1.5, -1):
+        with pytest.raises(ValueError, match="scale is a whole number"):
+            processor.decode([[0] * 64], scale=scale)
+
+
 # -- holes -------------------------------------------------------------------------------------------------------------
 
 

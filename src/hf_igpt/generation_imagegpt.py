@@ -50,13 +50,15 @@ def sample(
     top_p: float = 1.0,
     batch_size: int = 64,
     progress: bool = True,
+    scale: int = 1,
     return_tokens: bool = False,
 ) -> list[Image.Image] | torch.Tensor:
     """Draw `num_images` images unconditionally. Return a list of PIL images, or tokens (num_images, N) int64.
 
     processor: the one that the model was trained with. The defaults are the paper's sampling: temperature 1, without
     truncation [code run.py sample]. seed: the same seed, machine and batch size give the same images, and torch's own
-    random state is restored afterwards; None draws from that state. batch_size: images drawn at a time. Invalid options,
+    random state is restored afterwards; None draws from that state. batch_size: images drawn at a time. scale: the side, in
+    pixels of the result, of the square that each token becomes. Invalid options,
     and a processor that does not fit the model, are a ValueError.
     """
     if num_images < 1:
@@ -64,7 +66,7 @@ def sample(
     processor.check_fits(model.config)
     prompts = torch.empty((num_images, 0), dtype=torch.long)
     tokens = _continue(model, prompts, seed, temperature, top_k, top_p, batch_size, progress)
-    return tokens if return_tokens else processor.decode(tokens)
+    return tokens if return_tokens else processor.decode(tokens, scale=scale)
 
 
 def complete(
@@ -81,6 +83,7 @@ def complete(
     top_p: float = 1.0,
     batch_size: int = 64,
     progress: bool = True,
+    scale: int = 1,
     return_tokens: bool = False,
     **generate_kwargs: Any,
 ) -> list[list[Image.Image]] | torch.Tensor:
@@ -109,7 +112,7 @@ def complete(
     drawn = _continue(model, prompts, seed, temperature, top_k, top_p, batch_size, progress, **generate_kwargs)
     if return_tokens:
         return drawn.view(len(tokens), num_completions, -1)
-    pictures = processor.decode(drawn)
+    pictures = processor.decode(drawn, scale=scale)
     return [pictures[start : start + num_completions] for start in range(0, len(pictures), num_completions)]
 
 
@@ -128,6 +131,7 @@ def inpaint(
     top_p: float = 1.0,
     batch_size: int = 64,
     progress: bool = True,
+    scale: int = 1,
 ) -> list[list[Image.Image]]:
     """Draw the hidden pixels of each image anew: a list of `num_completions` PIL images for each of `images`.
 
@@ -154,7 +158,7 @@ def inpaint(
         batch_size=batch_size,
         progress=progress,
     )
-    return [processor.decode(row) for row in drawn]
+    return [processor.decode(row, scale=scale) for row in drawn]
 
 
 def find_hidden(processor: AnyImageProcessor, mask: MaskSource, size: tuple[int, int] | None = None) -> np.ndarray:

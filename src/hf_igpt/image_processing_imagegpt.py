@@ -291,18 +291,22 @@ class _ColorQuantization(BaseImageProcessor):
         input_ids: torch.Tensor | np.ndarray | Sequence[Any],
         size: ImageSize | None = None,
         missing: str = "transparent",
+        scale: int = 1,
     ) -> list[Image.Image]:
         """Turn tokens back into a list of B PIL images: the inverse of quantisation, up to the palette's distortion.
 
         input_ids: (B, N) or (N,), torch, numpy or lists, in 0..K-1. A leading SOS (K) is dropped, so the output of
         `generate()` can be passed directly. Rows shorter than H·W are partial images in raster order; missing pixels, and
         every token -100, become transparent (the image is then RGBA) or, with `missing="grey"`, mid-grey.
-        size: the images' size, as in `token_grid`, if it is not the processor's own.
+        size: the images' size, as in `token_grid`, if it is not the processor's own. scale: the side, in pixels of the
+        result, of the square that each token becomes.
         Tokens out of range, or more than fit the size, are a ValueError.
         """
         palette = self.palette
         if missing not in ("transparent", "grey"):
             raise ValueError(f'`missing` is "transparent" or "grey"; found {missing!r}.')
+        if not (isinstance(scale, int) and scale >= 1):
+            raise ValueError(f"scale is a whole number from 1; found {scale!r}.")
         height, width = self.token_grid(size)
         if len(input_ids) == 0:
             return []
@@ -326,7 +330,8 @@ class _ColorQuantization(BaseImageProcessor):
             if missing == "transparent" and not known.all():
                 alpha = np.where(known, 255, 0).astype(np.uint8)
                 pixels = np.concatenate([pixels, alpha[:, None]], axis=1)
-            images.append(Image.fromarray(pixels.reshape(height, width, -1)))
+            pixels = pixels.reshape(height, width, -1).repeat(scale, axis=0).repeat(scale, axis=1)
+            images.append(Image.fromarray(pixels))
         return images
 
     def token_grid(self, size: ImageSize | None = None) -> tuple[int, int]:
