@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_training import greys, history, run, weights  # noqa: F401 (a fixture)
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from hf_igpt.commands.finetune import finetune
 from hf_igpt.data import DataArguments
@@ -121,6 +122,7 @@ def interrupted(tmp_path_factory, greys):  # noqa: F811
         {"eval_strategy": "no"},
         {"dataloader_drop_last": True},
         {"neftune_noise_alpha": 5.0},
+        {"ema_decay": 0.5},
     ],
     ids=str,
 )
@@ -354,6 +356,71 @@ def test_files_of_no_concern_do_not_block_a_run(tmp_path, greys):  # noqa: F811
     for name in (".DS_Store", "nohup.out", "slurm-17.out", "train.log", "run.json.partial"):
         (tmp_path / name).write_text("")
     assert run(tmp_path, greys, max_steps=1, images=IMAGES)
+
+
+# -- averaged weights --------------------------------------------------------------------------------------------------
+
+AVERAGED = {"max_steps": 6, "images": IMAGES, "ema_decay": 0.6} | SAVING
+
+
+class Steps(TrainerCallback):
+    """Keeps a copy of the weights at the beginning and after each step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.weights.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+
+    on_step_end = on_train_begin
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+def test_what_is_saved_and_evaluated_is_the_average(tmp_path, greys, shares, monkeypatch):  # noqa: F811
+    """Of the weights after each step, by the definition of a moving average; training itself does not change."""
+    build, seen, records = runs.build_trainer, {None: Steps(), 0.6: Steps()}, {}
+    options = AVERAGED | {"load_best_model_at_end": False, "gradient_accumulation_steps": shares}
+    for decay, steps in seen.items():
+
+        def build_and_watch(*args, steps=steps):
+            trainer = build(*args)
+            trainer.add_callback(steps)
+            return trainer
+
+        monkeypatch.setattr(runs, "build_trainer", build_and_watch)
+        records[decay] = run(tmp_path / str(decay), greys, **options | {"ema_decay": decay})
+    first, *others = seen[0.6].weights
+    assert len(others) == 6
+    for now, without in zip(seen[0.6].weights, seen[None].weights, strict=True):
+        assert all(torch.equal(now[name], without[name]) for name in now)
+    expected = first
+    for step, now in enumerate(others):
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = {name: decay * expected[name] + (1 - decay) * now[name] for name in now}
+    saved = weights(tmp_path / "0.6")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(saved[name], tensor)
+    last = tmp_path / "0.6" / "checkpoint-6"
+    raw = load_file(last / "training_weights.safetensors")
+    assert all(torch.equal(weights(last)[name], saved[name]) for name in saved)
+    assert all(torch.equal(raw[name], others[-1][name]) for name in raw)
+    log = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    assert [entry["eval_nats_per_pixel"] for entry in log if "eval_nats_per_pixel" in entry][-1] == records[0.6][
+        0
+    ].value
+    assert records[0.6][0].value != records[None][0].value
+
+
+def test_a_resumed_run_continues_its_average(tmp_path, greys):  # noqa: F811
+    expected = run(tmp_path / "whole", greys, **AVERAGED)
+    for step in (4, 6):
+        folder = tmp_path / f"killed-{step}"
+        folder.mkdir()
+        kill_after_training(tmp_path / "whole", folder, step=step)
+        assert run(folder, greys, **AVERAGED) == expected
+        for place in ("", "checkpoint-6"):
+            after, before = weights(folder / place), weights(tmp_path / "whole" / place)
+            assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 # -- divergence --------------------------------------------------------------------------------------------------------

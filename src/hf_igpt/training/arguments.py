@@ -127,6 +127,13 @@ class RecipeArguments(TrainingArguments):
     adam_beta1: float = field(default=ADAM_BETAS[0], metadata={"help": "Adam's first beta (paper A.1)."})
     adam_beta2: float = field(default=ADAM_BETAS[1], metadata={"help": "Adam's second beta (paper A.1)."})
     weight_decay: float = field(default=WEIGHT_DECAY, metadata={"help": "Weight decay (paper A.1: none)."})
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keep an exponential moving average of the weights with this decay, 0.9999 for example: it is what is "
+            "evaluated, drawn from and saved. Takes one more copy of the weights. Default: none."
+        },
+    )
     eval_steps: float = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Steps between evaluations, or a fraction of all. Default: --save_steps, or 0.1."},
@@ -163,7 +170,7 @@ class RecipeArguments(TrainingArguments):
             ),
             "at least 1, or -1 for none": ("max_steps",),
             "positive": ("num_train_epochs", "max_minutes", "eval_steps", "save_steps", "logging_steps"),
-            "at least 0 and below 1": ("adam_beta1", "adam_beta2"),
+            "at least 0 and below 1": ("adam_beta1", "adam_beta2", "ema_decay"),
             "any number": ("local_rank", "ddp_bucket_cap_mb"),  # the launcher's and torch's own
         }
         check_numbers(self, ranges)
@@ -321,7 +328,10 @@ class RecipeArguments(TrainingArguments):
             steps = f"{count:,} ({self.num_train_epochs:g} epochs){limit}"
         precision = {"bf16": "bfloat16", "fp16": "float16"}.get(self.mixed_precision)  # set by a flag or the launcher
         schedule = SchedulerType(self.lr_scheduler_type).value.replace("_", " ")
-        return {
+        averaged = (
+            {} if self.ema_decay is None else {"weights": f"exponential moving average, decay {self.ema_decay:g}"}
+        )
+        return averaged | {
             "batch": f"{self.images_per_step()} images",
             "steps": steps,
             "optimiser": f"AdamW, betas {self.adam_beta1:g} and {self.adam_beta2:g}, weight decay {self.weight_decay:g}",

@@ -2,18 +2,21 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from ..data import ImageTokens
 from ..evaluation.metrics import BITS_PER_NAT
@@ -76,6 +79,85 @@ class Clock(TrainerCallback):
             control.should_evaluate = args.eval_strategy != "no"
             control.should_save = args.save_strategy != "no"
             control.should_log = control.should_training_stop = True
+
+
+class AverageWeights(TrainerCallback):
+    """Keeps an exponential moving average of the weights, over optimiser steps.
+
+    decay: of the average, at most; (1 + step) / (10 + step) as long as that is less, so that the first weights are forgotten.
+    What is saved of a model is its average: a checkpoint holds the weights that training continues from in a file of its own.
+    """
+
+    FILE = "training_weights.safetensors"
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.checkpoint: str | None = None  # the one that training continues from
+        self.average: list[torch.Tensor] | None = None  # only during training
+        self.weights: dict[str, torch.Tensor] = {}
+        self.swapped = False
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        self.weights = dict(model.named_parameters())
+        self.average = [weight.detach().clone() for weight in self.weights.values()]
+        if self.checkpoint is not None:  # whose model, loaded by now, is the average
+            saved = load_file(Path(self.checkpoint) / self.FILE)
+            with torch.no_grad():
+                for name, weight in self.weights.items():
+                    weight.copy_(saved[name])
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.average is not None
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        weights: Any = list(self.weights.values())
+        with torch.no_grad():
+            get_ema_multi_avg_fn(decay)(self.average, weights, state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.should_save:
+            folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            weights = {name: weight.detach().cpu().contiguous() for name, weight in self.weights.items()}
+            save_file(weights, folder / self.FILE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not (args.load_best_model_at_end and state.best_model_checkpoint):  # which is an average
+            self.swap()
+        self.average, self.weights = None, {}
+
+    def swap(self) -> None:
+        """Exchange the weights and their average."""
+        assert self.average is not None
+        with torch.no_grad():
+            for weight, average in zip(self.weights.values(), self.average, strict=True):
+                kept = weight.clone()
+                weight.copy_(average)
+                average.copy_(kept)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it, during training, the model has the averaged weights."""
+        if self.average is None or self.swapped:
+            yield
+            return
+        self.swap()
+        self.swapped = True
+        try:
+            yield
+        finally:
+            self.swap()
+            self.swapped = False
 
 
 class ImageProgress(ProgressCallback):

@@ -29,7 +29,7 @@ from ..modeling_imagegpt import (
     ImageGPTPreTrainedModel,
 )
 from .arguments import FinetuningArguments, ModelArguments, RecipeArguments
-from .callbacks import Clock, ImageProgress, PushCheckpoints, log_main
+from .callbacks import AverageWeights, Clock, ImageProgress, PushCheckpoints, log_main
 from .checkpoints import SealCheckpoints, is_sealed, list_checkpoints
 from .resuming import (
     arguments_of,
@@ -288,9 +288,12 @@ def build_trainer(
         eval_dataset=held_out,
         processing_class=processor,
         clock=clock,
+        average=None if args.ema_decay is None else AverageWeights(args.ema_decay),
         publish=publish,
         callbacks=[*callbacks, SealCheckpoints(args.save_total_limit)],
     )
+    if trainer.average and trainer.is_sharded:
+        raise ValueError("--ema_decay is not supported with FSDP and ZeRO-3, which share weights out: leave it out.")
     if args.pushes_checkpoints and trainer.saves_shards:
         log_main("Only the finished model is pushed, because sharded checkpoints do not hold a whole model.")
     elif args.pushes_checkpoints:
@@ -324,6 +327,8 @@ def train(trainer: ImageGPTTrainer, checkpoint: str | None) -> None:
     else:
         if checkpoint is not None:
             log_main(f"Resuming from {checkpoint}")
+            if trainer.average:
+                trainer.average.checkpoint = checkpoint
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.clock and trainer.state.global_step < trainer.state.max_steps and trainer.clock.fraction() >= 1:
         seen, planned = map(trainer.images_seen, (trainer.state.global_step, trainer.state.max_steps))

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from ..evaluation.metrics import BITS_PER_NAT, accuracy, nats_per_image
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import ImageGPTForImageClassification, ImageGPTPreTrainedModel
 from .arguments import WARMUP_SHARE, count_steps
-from .callbacks import Clock, DrawAnew
+from .callbacks import AverageWeights, Clock, DrawAnew
 
 
 class NotFinite(ValueError):
@@ -30,7 +30,8 @@ class NotFinite(ValueError):
 class ImageGPTTrainer(Trainer):
     """`Trainer` for all Image GPTs with a head. The model's class decides the default collator and metrics.
 
-    clock: ends training after a time, and makes a cosine schedule follow the clock if it is ahead of the steps. publish:
+    clock: ends training after a time, and makes a cosine schedule follow the clock if it is ahead of the steps. average: what
+    is evaluated and saved is the average of the weights that it keeps. publish:
     called as `publish(folder, repo_id, message=…, token=…, revision=…)` for each folder that is pushed; required with
     --push_to_hub. `kwargs` are the other arguments of `Trainer`.
     """
@@ -45,6 +46,7 @@ class ImageGPTTrainer(Trainer):
         model: ImageGPTPreTrainedModel,
         *,
         clock: Clock | None = None,
+        average: AverageWeights | None = None,
         publish: Callable[..., Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
@@ -53,7 +55,7 @@ class ImageGPTTrainer(Trainer):
             raise ValueError(
                 "--push_to_hub requires a function that publishes: pass publish=hf_igpt.publishing.hub.push."
             )
-        self.clock, self.publish = clock, publish
+        self.clock, self.publish, self.average = clock, publish, average
         self.classifies = isinstance(model, ImageGPTForImageClassification)
         defaults = {
             "data_collator": collate_classified if self.classifies else collate_tokens,
@@ -61,7 +63,9 @@ class ImageGPTTrainer(Trainer):
         }
         rows = kwargs.get("train_dataset")
         ours: list[TrainerCallback] = [DrawAnew(rows)] if isinstance(rows, ImageTokens) else []
-        super().__init__(model, callbacks=[*callbacks, *ours, *([clock] if clock else [])], **(defaults | kwargs))
+        # The average first: it completes a checkpoint, which others read.
+        ours = [*([average] if average else []), *callbacks, *ours, *([clock] if clock else [])]
+        super().__init__(model, callbacks=ours, **(defaults | kwargs))
         self._parts: dict[str, torch.Tensor] = {}  # the terms of the loss, summed over the steps since `_parts_since`
         self._parts_since = 0
 
@@ -119,6 +123,20 @@ class ImageGPTTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last = drops
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it, during training, the model has the weights that are evaluated and saved."""
+        return self.average.applied() if self.average else nullcontext()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer`'s, with averaged weights if there are any."""
+        with self.averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s, with averaged weights if there are any."""
+        with self.averaged():
+            return super().predict(*args, **kwargs)
+
     def training_step(
         self,
         model: torch.nn.Module,
@@ -156,7 +174,8 @@ class ImageGPTTrainer(Trainer):
         if self.state.global_step and not all(weight.isfinite().all() for weight in self.model.parameters()):
             self.stop_diverged("Weights are not finite")
         if not self.saves_shards:
-            return super().save_model(output_dir, _internal_call)
+            with self.averaged():
+                return super().save_model(output_dir, _internal_call)
         run = Path(str(self.args.output_dir))
         folder = Path(output_dir or run)
         is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) is not None
