@@ -1,5 +1,8 @@
 """Configuration: the paper's parameter counts, transformers' defaults, refusals."""
 
+import json
+import math
+
 import pytest
 import torch
 import transformers.models.imagegpt.configuration_imagegpt as theirs
@@ -66,6 +69,60 @@ def test_presets_are_the_papers(tmp_path):
 def test_refusals(fields, message):
     with pytest.raises(ValueError, match=message):
         ImageGPTConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("n_layer", value) for value in (0, -1, 10**6, "4", 4.0, True, None)),
+        *((name, value) for name in ("n_embd", "n_head", "n_positions", "hidden_size") for value in (0, -8, 10**9)),
+        *(("vocab_size", value) for value in (1, 10**9)),
+        *(("n_inner", value) for value in (0, 10**9)),
+        *(("num_labels", value) for value in (0, -1, 10**9, "3", True)),
+        *(("id2label", value) for value in ({}, {"a": "b"}, {"0": "a", "5": "b"}, ["a"])),
+        *(("layer_norm_epsilon", value) for value in (math.nan, -1e-5, "1e-5", True)),
+        *(("resid_pdrop", value) for value in (math.nan, -0.1, 2, False)),
+        *(("initializer_range", value) for value in (math.nan, math.inf, -1.0)),
+        *(("generative_loss_weight", value) for value in (math.nan, math.inf, "1")),
+        *(("activation_function", value) for value in ("nope", 3, None)),
+        *(("objective", value) for value in ("bert", 3)),
+        *(("use_bias", value) for value in ("yes", 1, None)),
+        *(("bos_token_id", value) for value in ("1", True, 2.0)),
+        *(("eos_token_id", value) for value in ("1", ["1"])),
+        *(("problem_type", "guess"), ("dtype", "float99"), ("dtype", 32), ("architectures", "x"), ("label2id", 3)),
+        *(("sliding_window", 4), ("layer_types", ["sliding_attention"]), ("is_encoder_decoder", True)),
+        *(("is_causal", False), ("to_dict", "x"), ("sos_token_id", 3), ("attribute_map", {})),
+    ],
+)
+def test_absurd_fields_are_named_at_once(field, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"^{field} "):
+        ImageGPTConfig(**{field: value})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "imagegpt", field: value}))
+    for loader in (ImageGPTConfig, ImageGPTForCausalImageModeling):
+        with pytest.raises(ValueError, match=rf"configuration of {tmp_path}: {field} "):
+            loader.from_pretrained(tmp_path)
+
+
+def test_limits_on_what_fields_make_together():
+    with pytest.raises(ValueError, match=r"n_layer \(4096\), n_embd \(65536\).* at most 1,000,000,000,000"):
+        ImageGPTConfig(n_layer=4096, n_embd=65536)
+    with pytest.raises(ValueError, match="not a multiple"):
+        ImageGPTConfig(hidden_size=12)
+    with pytest.raises(ValueError, match="is_causal is False if objective is 'masked'; found True"):
+        ImageGPTConfig(objective="masked", is_causal=True)
+
+
+def test_large_but_sane_configurations():
+    ImageGPTConfig(n_layer=96, n_embd=12288, n_head=96, n_positions=512 * 512, vocab_size=65536, num_labels=21841)
+    ImageGPTConfig(n_layer=1000)
+    ImageGPTConfig(n_embd=1, n_head=1, n_layer=1, n_inner=1, n_positions=1, vocab_size=2, num_labels=1, resid_pdrop=1)
+
+
+def test_what_is_no_object_is_no_configuration(tmp_path):
+    for text in ("[]", "3", "null", "[" * 5000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            ImageGPTConfig.from_pretrained(tmp_path)
 
 
 def test_unknown_preset():

@@ -1,8 +1,12 @@
 """`ImageGPTConfig`: transformers' fields and defaults, the paper's presets, and the few keys that are ours."""
 
+import dataclasses
 import os
+import reprlib
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 
@@ -13,6 +17,7 @@ if Version(transformers.__version__) < Version("5.17"):  # before imports that o
     )
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .presets import IMAGE_SIZE, N_COLORS, SIZES
@@ -23,6 +28,108 @@ NEEDS_HF_IGPT = (
     "neither the masked objective nor classifiers that are fed SOS, and would give wrong results."
 )
 _FEATURES = "image-feature-extraction"
+_MAX_PARAMETERS = 10**12
+
+Allowed = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and which ones are, in words
+
+
+def _number(kind: type[int] | type[float], least: int, most: int) -> Allowed:
+    kinds = (int, kind)
+    words = f"{'an integer' if kind is int else 'a number'} of at least {least} and at most {most:,}"
+    return lambda value: isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most, words
+
+
+def _instance(*kinds: type, words: str) -> Allowed:
+    return lambda value: isinstance(value, kinds), words
+
+
+def _choice(*choices: str, words: str = "") -> Allowed:
+    named = " or ".join(f'"{choice}"' for choice in choices)
+    return lambda value: isinstance(value, str) and value in choices, words or named
+
+
+def _optional(allowed: Allowed) -> Allowed:
+    return lambda value: value is None or allowed[0](value), allowed[1]
+
+
+_FLAG = _instance(bool, words="true or false")
+_PROBABILITY = _number(float, 0, 1)
+_TOKEN = _optional(_number(int, -1, 2**31 - 1))
+_DTYPE: Allowed = (
+    lambda value: isinstance(getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype),
+    'the name of a type in torch, such as "float32"',
+)
+_MAX_CLASSES = 1_000_000
+_IMPLEMENTATION = _optional(_instance(str, dict, words='the name of an attention implementation, such as "sdpa"'))
+_ABSENT: Allowed = (lambda value: value is None, "not supported by Image GPT, and has to be absent")
+# What the fields may be. The limits lie far beyond any model that could be trained, and keep a stranger's configuration
+# from taking all memory.
+_FIELDS: dict[str, Allowed] = {
+    "vocab_size": _number(int, 2, 2**24 + 1),  # all colours of 8 bits per channel, and SOS
+    "n_positions": _number(int, 1, 2**24),  # 4096 x 4096 pixels
+    "n_embd": _number(int, 1, 2**17),
+    "n_layer": _number(int, 1, 2**12),
+    "n_head": _number(int, 1, 2**17),
+    "n_inner": _optional(_number(int, 1, 2**20)),
+    "num_labels": _optional(_number(int, 1, _MAX_CLASSES)),
+    "id2label": _optional(
+        (
+            lambda value: (
+                isinstance(value, dict)
+                and 1 <= len(value) <= _MAX_CLASSES
+                and {str(key) for key in value} == {str(number) for number in range(len(value))}
+            ),
+            f"the names of the classes 0, 1, 2, … without a gap, at least 1 and at most {_MAX_CLASSES:,}",
+        )
+    ),
+    "label2id": _optional(_instance(dict, words="a dictionary")),
+    "architectures": _optional(_instance(list, words="a list")),
+    "custom_pipelines": _instance(dict, words="a dictionary"),
+    "resid_pdrop": _PROBABILITY,
+    "embd_pdrop": _PROBABILITY,
+    "attn_pdrop": _PROBABILITY,
+    "layer_norm_epsilon": _PROBABILITY,
+    "initializer_range": _number(float, 0, 1000),
+    "generative_loss_weight": _number(float, 0, 1_000_000),
+    "pad_token_id": _TOKEN,
+    "bos_token_id": _TOKEN,
+    "eos_token_id": (
+        lambda value: all(_TOKEN[0](token) for token in (value if isinstance(value, list) else [value])),
+        f"{_TOKEN[1]}, or a list of such",
+    ),
+    "scale_attn_weights": _FLAG,
+    "scale_attn_by_inverse_layer_idx": _FLAG,
+    "reorder_and_upcast_attn": _instance(bool, str, words="true or false"),
+    "use_cache": _FLAG,
+    "use_bias": _FLAG,
+    "sos_inputs": _FLAG,
+    "tie_word_embeddings": _FLAG,
+    "add_cross_attention": _FLAG,
+    "activation_function": _choice("quick_gelu", *ACT2FN, words="a name in transformers.activations.ACT2FN"),
+    "initialization": _choice("transformers", "openai"),
+    "objective": _choice(
+        "causal",
+        "masked",
+        words='"causal" or "masked" (a newer hf_igpt may know others: pip install -U hf_igpt)',
+    ),
+    "problem_type": _optional(_choice("regression", "single_label_classification", "multi_label_classification")),
+    "dtype": _optional(_DTYPE),
+    "torch_dtype": _optional(_DTYPE),
+    # What transformers reads from any configuration.
+    "return_dict": _optional(_FLAG),
+    "output_attentions": _optional(_FLAG),
+    "output_hidden_states": _optional(_FLAG),
+    "attn_implementation": _IMPLEMENTATION,
+    "_attn_implementation": _IMPLEMENTATION,
+    "is_encoder_decoder": (lambda value: value is False, "false"),
+    "sliding_window": _ABSENT,
+    "attention_chunk_size": _ABSENT,
+    "layer_types": _ABSENT,
+    "rope_parameters": _ABSENT,
+    "text_config": _ABSENT,
+    "transformers_weights": _optional(_instance(str, words="the name of a file")),
+}
+_SETTABLE = ("model_type", "num_labels", "name_or_path", "output_attentions", "torch_dtype", "_attn_implementation")
 
 
 @strict
@@ -54,8 +161,10 @@ class ImageGPTConfig(PreTrainedConfig):
     `base_model_fsdp_plan` shards all weights, block by block, in `from_pretrained(distributed_config=
     DistributedConfig(fsdp_size=...))`; it is not written to any file. There is no plan for tensor parallelism.
 
-    All other fields are those of transformers' `ImageGPTConfig`. Cross-attention and tied embeddings are not supported; a
-    value that is not supported is a ValueError. Plain transformers would load masked models and classifiers with
+    All other fields are those of transformers' `ImageGPTConfig`. Cross-attention and tied embeddings are not supported. A
+    value that is not supported is a ValueError that names the field, before any memory is taken; so are values beyond
+    4,096 blocks, a width of 131,072, an inner width of 1,048,576, 4096 x 4096 pixels, 2^24 colours, 1,000,000 classes, or
+    10^12 parameters. Plain transformers would load masked models and classifiers with
     `sos_inputs` and silently give wrong results, so their saved configuration makes it refuse: it holds a sentence in a
     field that transformers requires to be a boolean.
     """
@@ -86,8 +195,8 @@ class ImageGPTConfig(PreTrainedConfig):
     resid_pdrop: float | int = 0.1
     embd_pdrop: float | int = 0.1
     attn_pdrop: float | int = 0.1
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
+    layer_norm_epsilon: float | int = 1e-5
+    initializer_range: float | int = 0.02
     scale_attn_weights: bool = True
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -132,6 +241,26 @@ class ImageGPTConfig(PreTrainedConfig):
         fields.setdefault("bos_token_id", fields["vocab_size"] - 1)
         return cls(**fields)
 
+    def __new__(cls, **fields: Any) -> "ImageGPTConfig":
+        """Check `fields` before anything is made of them: `strict`'s own errors are no ValueErrors, and come after."""
+        known = {field.name for field in dataclasses.fields(cls)} | set(_SETTABLE)
+        for field, value in fields.items():
+            name = cls.attribute_map.get(field, field)
+            is_allowed, words = _FIELDS.get(name, (lambda value: True, ""))
+            if not is_allowed(value):
+                raise ValueError(f"{field} is {words}; found {reprlib.repr(value)}.")
+            if hasattr(cls, name) and name not in known:
+                raise ValueError(f"{field} belongs to the class of configurations, and cannot be one of their fields.")
+        return super().__new__(cls)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a configuration as transformers does. A ValueError says which one it is about."""
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"The configuration of {args[0] if args else 'a model'}: {error}") from error
+
     @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
@@ -161,22 +290,26 @@ class ImageGPTConfig(PreTrainedConfig):
                 "type": "image",
             }
             kwargs["custom_pipelines"] = {**kwargs.get("custom_pipelines", {}), _FEATURES: features}
+        for alias in self.attribute_map.keys() & kwargs.keys():  # so that what follows sees them
+            setattr(self, alias, kwargs.pop(alias))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}).")
-        if self.vocab_size < 2:
-            raise ValueError(f"vocab_size is at least 2 (one colour and SOS); found {self.vocab_size}.")
-        if self.initialization not in ("transformers", "openai"):
-            raise ValueError(f'initialization is "transformers" or "openai"; found {self.initialization!r}.')
-        if self.objective not in ("causal", "masked"):
+        inner = self.n_inner or 4 * self.n_embd
+        rows = 2 * self.vocab_size + self.n_positions + self.n_layer * (4 * self.n_embd + 2 * inner)
+        if rows * self.n_embd > _MAX_PARAMETERS:
             raise ValueError(
-                f'objective is "causal" or "masked"; found {self.objective!r}. A newer hf_igpt may know it: pip install -U hf_igpt'
+                f"n_layer ({self.n_layer}), n_embd ({self.n_embd}), n_inner ({inner}), n_positions ({self.n_positions}) and "
+                f"vocab_size ({self.vocab_size}) make {rows * self.n_embd:,} parameters; at most {_MAX_PARAMETERS:,} are allowed."
             )
         if self.sos_inputs and self.objective == "masked":
             raise ValueError("sos_inputs is for causal models: masked models have no SOS.")
-        if not self.generative_loss_weight >= 0:
-            raise ValueError(f"generative_loss_weight is at least 0; found {self.generative_loss_weight}.")
-        if self.objective == "masked":
-            self.is_causal = False  # read by transformers' attention masks
+        is_causal = self.objective == "causal"  # read by transformers' attention masks
+        if kwargs.get("is_causal", is_causal) is not is_causal:
+            raise ValueError(
+                f"is_causal is {is_causal} if objective is {self.objective!r}; found {kwargs['is_causal']!r}."
+            )
+        if not is_causal:
+            self.is_causal = False
         if isinstance(self.reorder_and_upcast_attn, str):
             self.reorder_and_upcast_attn = False  # the sentence that `to_dict` wrote
         if self.add_cross_attention:

@@ -408,6 +408,7 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state  # (B, T, D)
@@ -574,6 +575,7 @@ class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
             inputs_embeds=inputs_embeds,
             bool_masked_pos=bool_masked_pos,
             use_cache=False,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)  # (B, N, K)
@@ -659,6 +661,7 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=bool(use_cache),  # off by default: nothing follows a whole image
             bool_masked_pos=bool_masked_pos,
+            return_dict=True,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
