@@ -65,6 +65,9 @@ def test_room_for_keys_and_values_is_a_dynamic_cache():
         branches[one].update(*new[one : one + 2]), branches[other].update(*new[one : one + 2])
     for one, other in ((0, 2), (1, 3)):  # neither wrote into the other
         assert torch.equal(branches[one].keys, branches[other].keys)
+    deep = copy.deepcopy(roomy)
+    assert type(deep) is DynamicLayer and torch.equal(deep.keys, roomy.keys) and torch.equal(deep.values, roomy.values)
+    assert deep.keys.data_ptr() != roomy.keys.data_ptr() and not copy.deepcopy(RoomyLayer(6)).is_initialized
     for layer in (roomy, plain):
         layer.reset()
     update(2)

@@ -1,12 +1,17 @@
-"""The cache of keys and values for drawing: `RoomyLayer`, and which cache to request from `generate`.
+"""What `generate` needs for images: the cache of keys and values, `RoomyLayer`, and which cache to request; candidates that
+end with the image; scores for processors that count SOS as a token.
 
-Nothing here changes a token. Training and feature extraction use no cache.
+No cache changes a token. Training and feature extraction use none.
 """
 
+import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList, WatermarkLogitsProcessor
 from transformers.modeling_utils import PreTrainedModel
 
 
@@ -75,6 +80,10 @@ class RoomyLayer(DynamicLayer):
 
     __copy__ = without_room  # two layers cannot write into the same room
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicLayer:
+        """Copy what is filled: exporters trace a copy, and would take the room, which is not filled yet, for values."""
+        return copy.deepcopy(self.without_room(), memo)
+
 
 def add_room(cache: Cache | None, length: int) -> None:
     """Reserve room for `length` positions in every layer of an empty `DynamicCache` that is not offloaded; skip others."""
@@ -86,3 +95,32 @@ def remove_room(cache: Cache | None) -> None:
     """Replace the layers of `cache` that have room by plain ones, from which any use of the cache can continue."""
     if isinstance(cache, DynamicCache):
         cache.layers = [layer.without_room() if isinstance(layer, RoomyLayer) else layer for layer in cache.layers]
+
+
+def cut_candidates(generator: CandidateGenerator, length: int) -> CandidateGenerator:
+    """Make `generator` propose no more than `length` tokens in all: transformers' looks further in a prompt."""
+    find = generator.get_candidates
+
+    def find_within(input_ids: Any, **options: Any) -> tuple[Any, Any]:
+        found, logits = find(input_ids, **options)
+        return found[:, :length], None if logits is None else logits[:, : length - input_ids.shape[1]]
+
+    generator.get_candidates = find_within  # type: ignore[method-assign]
+    return generator
+
+
+class _WithSOS(LogitsProcessor):
+    """A processor that takes the scores of K + 1 tokens, as `vocab_size` says, on those of the K colours."""
+
+    def __init__(self, processor: LogitsProcessor) -> None:
+        self.processor = processor
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return self.processor(input_ids, nn.functional.pad(scores, (0, 1), value=-torch.inf))[:, :-1]
+
+
+def with_sos(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """Give watermarks a score for SOS, −inf, which the model has none for."""
+    return LogitsProcessorList(
+        [_WithSOS(each) if isinstance(each, WatermarkLogitsProcessor) else each for each in processors]
+    )

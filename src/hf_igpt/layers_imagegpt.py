@@ -16,6 +16,7 @@ float32 on two CPU cores; memory is the peak in addition to weights and gradient
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,6 +67,22 @@ class ImageGPTProjection(Conv1D):
         return nn.functional.linear(x, self.weight.t(), self.bias if self.use_bias else None)
 
 
+class ImageGPTSublayer(nn.Module):
+    """A module that holds projections, and refuses adapters whose trained biases would be lost on merging.
+
+    PEFT merges the biases of `LoraConfig(lora_bias=True)` into the projection's own, which nothing reads if it is a buffer.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = getattr(value, "base_layer", None)
+        if isinstance(base, ImageGPTProjection) and not base.use_bias and any(value.lora_bias.values()):
+            raise ValueError(
+                "lora_bias=True: this model has no biases (use_bias=False), and those of the adapter would be lost on "
+                "merging. Set lora_bias=False, or load the model with use_bias=True."
+            )
+        super().__setattr__(name, value)
+
+
 class ImageGPTLayerNorm(nn.LayerNorm):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension: no mean subtraction, no bias [code norm].
 
@@ -77,6 +94,9 @@ class ImageGPTLayerNorm(nn.LayerNorm):
         super().__init__(size, eps=eps, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.onnx.is_in_onnx_export():  # whose older exporter does not know the function
+            y = at_least_float32(x)
+            return (y * (y.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt() * self.weight).to(x.dtype)
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
