@@ -1,5 +1,7 @@
 """At home in other tools: torch.export, ONNX, LoRA by PEFT, transformers' pipelines."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,12 @@ from conftest import randomized, small_config
 from PIL import Image
 from transformers import pipeline
 
-from hf_igpt import ImageGPTForImageClassification, ImageGPTImageProcessorPil, ImageGPTModel
+from hf_igpt import (
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+    ImageGPTImageProcessorPil,
+    ImageGPTModel,
+)
 
 
 class FirstOutput(torch.nn.Module):
@@ -41,6 +48,57 @@ def test_onnx(network, tokens, tmp_path):
     torch.onnx.export(network, (tokens[:2],), file, dynamo=True, input_names=["input_ids"], dynamic_shapes=shapes)
     (found,) = onnxruntime.InferenceSession(file).run(None, {"input_ids": tokens.numpy()})
     assert np.abs(found - network(tokens).detach().numpy()).max() < 1e-4
+
+
+def test_the_older_onnx_exporter(network, tokens, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="make test installs it")
+    file = str(tmp_path / "model.onnx")
+    axes = {"input_ids": {0: "batch"}}
+    torch.onnx.export(network, (tokens[:2],), file, dynamo=False, input_names=["input_ids"], dynamic_axes=axes)
+    (found,) = onnxruntime.InferenceSession(file).run(None, {"input_ids": tokens.numpy()})
+    assert np.abs(found - network(tokens).detach().numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["dynamo", "onnx"])
+def test_export_of_generation(kind, model, tokens):
+    """The graphs of the first and of each further step give the model's logits, whatever the cache has room for."""
+    pytest.importorskip("onnxscript", reason="make test installs it")  # transformers imports it for all exporters
+    exporters = pytest.importorskip("transformers.exporters")
+    from transformers.exporters.utils import decompose_for_generation
+
+    prompt = torch.nn.functional.pad(tokens[:, :9], (1, 0), value=model.config.sos_token_id)
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    exporter = exporters.DynamoExporter() if kind == "dynamo" else exporters.OnnxExporter()
+    options = exporters.DynamoConfig() if kind == "dynamo" else exporters.OnnxConfig()
+    exported = exporter.export_for_generation(model, dict(inputs), options)
+    if kind == "onnx" and not hasattr(exported, "runners"):
+        pytest.skip("this version of transformers exports to ONNX, but runs nothing")
+    steps = decompose_for_generation(model, dict(inputs))
+    assert set(steps) == {"prefill", "decode"}
+    for name, (network, call) in steps.items():
+        expected = network(**copy.deepcopy(dict(call))).logits
+        call = {key: value for key, value in call.items() if not isinstance(value, bool)}
+        if hasattr(exported, "runners"):
+            found = exported.runners[name](**copy.deepcopy(call)).logits
+        else:
+            found = exported[name].module()(**copy.deepcopy(call)).logits
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_biases_of_adapters_are_not_lost(tokens):
+    peft = pytest.importorskip("peft", reason="make test installs it")
+    options = peft.LoraConfig(target_modules=["c_attn", "c_fc"], lora_bias=True, fan_in_fan_out=True)
+    model = randomized(ImageGPTForCausalImageModeling(small_config()))
+    expected = model(labels=tokens).loss.item()
+    with pytest.raises(ValueError, match=r"lora_bias=True: this model has no biases \(use_bias=False\)"):
+        peft.get_peft_model(model, options)
+    assert model(labels=tokens).loss.item() == expected
+    adapted = peft.get_peft_model(randomized(ImageGPTForCausalImageModeling(small_config(use_bias=True))), options)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    expected = adapted(labels=tokens).loss.item()
+    assert adapted.merge_and_unload()(labels=tokens).loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_lora_trains_and_merges(model, tokens):

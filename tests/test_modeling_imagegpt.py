@@ -21,7 +21,10 @@ from transformers import (
     GenerationConfig,
     Trainer,
     TrainingArguments,
+    WatermarkDetector,
+    WatermarkingConfig,
 )
+from transformers.cache_utils import DynamicCache
 
 from hf_igpt import (
     ImageGPTConfig,
@@ -772,3 +775,129 @@ def test_joint_classifiers_predict_logits_in_any_trainer(tmp_path):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
     trainer = Trainer(ImageGPTForImageClassification(config), arguments)
     assert trainer.predict(rows).predictions.shape == (10, 3)
+
+
+# -- several images in a row --------------------------------------------------------------------------------------------
+
+PACKED = torch.cat([torch.arange(64), torch.arange(20), torch.arange(44)])[None]  # positions of three images in a row
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_packed_images_do_not_see_each_other(kind, implementation, model, masked_model):
+    network = model if kind == "causal" else masked_model
+    network.set_attn_implementation(implementation)
+    images = [torch.randint(16, (3, length)) for length in (64, 20, 44)]
+    row = torch.cat(images, dim=1)
+    expected = torch.cat([network(image).logits for image in images], dim=1)
+    ones = torch.ones_like(row)
+    for options in ({}, {"attention_mask": ones}, {"use_cache": False}):
+        for positions in (PACKED, PACKED.expand(3, -1), PACKED.int()):
+            found = network(row, position_ids=positions, **options)
+            assert_close(found.logits, expected)
+            assert getattr(found, "past_key_values", None) is None  # from which no image could continue
+    assert_close(torch.compile(network, backend="eager", fullgraph=True)(row, position_ids=PACKED).logits, expected)
+
+
+def test_packed_images_are_scored_one_by_one(model, tokens):
+    images = [tokens, tokens[:, :20], tokens[:, 20:]]
+    losses = torch.stack([model(labels=image).loss * image.shape[1] for image in images])
+    row = torch.cat(images, dim=1)
+    assert_close(model(labels=row, position_ids=PACKED).loss, losses.sum() / 128)
+
+
+def test_positions_in_any_order_are_one_image(model, tokens):
+    order = torch.randperm(64)[None]
+    last = model(tokens, position_ids=order).logits[:, -1]
+    assert not torch.allclose(last, model(tokens.roll(1, dims=1), position_ids=order).logits[:, -1], atol=1e-3)
+    cache = model(tokens[:, :-1], position_ids=order[:, :-1]).past_key_values
+    assert_close(model(tokens[:, -1:], position_ids=order[:, -1:], past_key_values=cache).logits[:, 0], last)
+
+
+def test_what_packed_images_do_not_have(model, masked_model, tokens):
+    row = tokens.view(2, 128)
+    positions = torch.arange(64).repeat(2)[None]
+    with pytest.raises(ValueError, match="have no cache"):
+        model(row, position_ids=positions, past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(ValueError, match="The loss is of one image per row"):
+        masked_model(labels=row, bool_masked_pos=row > 3, position_ids=positions)
+    classifier = ImageGPTForImageClassification(small_config())
+    with pytest.raises(ValueError, match="A class is of one image per row"):
+        classifier(row, position_ids=positions)
+    with pytest.raises(ValueError, match="hold -1; a position is a pixel of an image, 0..63"):
+        model(tokens, position_ids=torch.arange(-1, 63)[None])
+    model.config._attn_implementation = "flash_attention_2"  # not installed here: refused before it is asked for
+    with pytest.raises(ValueError, match="only in a batch of one row"):
+        model(row, position_ids=positions)
+
+
+# -- what transformers' generation and Trainer add ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def warnings_given(monkeypatch):
+    given = []
+    monkeypatch.setattr("hf_igpt.modeling_imagegpt.logger.warning_once", given.append)
+    return given
+
+
+def test_left_padding_before_sos_is_no_reason_to_warn(model, tokens, warnings_given):
+    padded = torch.cat([torch.full((4, 3), 5), torch.full((4, 1), SOS), tokens[:, :5]], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :3] = 0
+    labels = padded.masked_fill(padded == SOS, -100)
+    model.generate(padded, attention_mask=mask, max_new_tokens=2)
+    model(padded, attention_mask=mask, labels=labels)
+    assert not warnings_given
+    model.generate(padded, max_new_tokens=2)
+    model(padded, labels=labels)
+    model.generate(bos_token_id=3, max_new_tokens=2)
+    assert len(warnings_given) == 3 and all("start with SOS" in warning for warning in warnings_given)
+
+
+def test_prompt_lookup_ends_with_the_image(model):
+    """Repeated pixels make it propose as many as it may, up to the end and beyond."""
+    for prompt in (torch.tensor([[SOS] + [3, 4] * 20]), torch.tensor([[SOS] + [3] * 60])):
+        with torch.no_grad():
+            model.lm_head.weight.zero_()[3] = 1.0
+        expected = model.generate(prompt, do_sample=False)
+        assert torch.equal(model.generate(prompt, do_sample=False, prompt_lookup_num_tokens=7), expected)
+        short = model.generate(prompt, do_sample=False, prompt_lookup_num_tokens=7, max_new_tokens=3)
+        assert torch.equal(short, expected[:, : prompt.shape[1] + 3])
+
+
+def test_watermarks_are_found(model):
+    watermark = WatermarkingConfig(bias=20.0, greenlist_ratio=0.5, seeding_scheme="lefthash")
+    sos = torch.full((4, 1), SOS)
+    detect = WatermarkDetector(model.config, "cpu", watermark)
+    assert detect(model.generate(sos, watermarking_config=watermark)).all()
+    assert not detect(model.generate(sos)).any()
+
+
+def test_masked_models_take_and_ignore_use_cache(masked_model, tokens):
+    expected = masked_model(tokens).logits
+    for use_cache in (True, False):
+        assert_close(masked_model(tokens, use_cache=use_cache).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "classes"])
+def test_configurations_that_ask_for_tuples(kind, model, masked_model, tokens):
+    classifier = randomized(ImageGPTForImageClassification(small_config()))
+    network = {"causal": model, "masked": masked_model, "classes": classifier}[kind]
+    expected = network(tokens).logits
+    network.config.return_dict = False
+    assert_close(network(tokens)[0], expected)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_label_smoothing_drops_no_generative_loss(weight, tmp_path):
+    config = small_config(num_labels=3, sos_inputs=True, generative_loss_weight=weight)
+    data = [{"input_ids": torch.arange(64) % 16, "labels": i % 3} for i in range(4)]
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 1}
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, **options)
+    trainer = Trainer(ImageGPTForImageClassification(config), arguments, train_dataset=data)
+    if weight:
+        with pytest.raises(ValueError, match="label_smoothing_factor.* would drop the generative loss"):
+            trainer.train()
+    else:
+        trainer.train()

@@ -1,10 +1,12 @@
 """The model's inputs: tokens, which are checked before any work is done, and the one shift between inputs and targets."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.utils import is_tracing
 
 from .configuration_imagegpt import ImageGPTConfig
@@ -50,6 +52,94 @@ def check_tokens(tokens: torch.Tensor, limit: int, name: str, config: ImageGPTCo
         )
 
 
-def shift_right(tokens: torch.Tensor, sos_token_id: int) -> torch.Tensor:
-    """Turn pixels (B, N) into the inputs from which they are predicted, [SOS, x_0 … x_{N-2}] (B, N) [code src/model.py]."""
-    return nn.functional.pad(tokens[:, :-1].long(), (1, 0), value=sos_token_id)
+def check_length(
+    shape: torch.Size, seen: torch.Tensor | int, position_ids: torch.Tensor | None, config: ImageGPTConfig
+) -> None:
+    """Raise ValueError unless inputs of `shape` (B, T, …), after `seen` others, have positions in 0..n_positions-1."""
+    if len(shape) < 2 or (len(shape) == 2 and shape[1] == 0):
+        raise ValueError(f"Tokens have shape (B, T), T >= 1; found {tuple(shape)}.")
+    if torch.compiler.is_compiling() or (position_ids is not None and not has_values(position_ids)):
+        return
+    first, last = 0, int(seen) + shape[1]
+    if position_ids is not None:
+        first, last = int(position_ids.min()), int(position_ids.max()) + 1
+    if first < 0:
+        raise ValueError(
+            f"`position_ids` hold {first}; a position is a pixel of an image, 0..{config.n_positions - 1}."
+        )
+    if last > config.n_positions:
+        raise ValueError(
+            f"{last} tokens exceed n_positions = {config.n_positions}. An image has {config.n_positions} pixels; its inputs "
+            "are SOS and all pixels but the last. Resize images to the model's size."
+        )
+
+
+def number_images(
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Number the images that are packed into the rows of `position_ids` (B, T): 0, 1, … (B, T), or None if none are.
+
+    A row in which a position occurs twice holds several images, each of which begins where positions do not grow. Positions
+    whose values cannot be read (`has_values`) are numbered in any case. With a cache, rows are one image: `generate` pads
+    them with a mask, and without one packed images are a ValueError.
+    """
+    if (
+        position_ids is None
+        or position_ids.shape[-1] == 1
+        or (past_key_values is not None and attention_mask is not None)
+    ):
+        return None
+    repeats = (position_ids.sort(dim=-1).values.diff(dim=-1) == 0).any(dim=-1, keepdim=True)
+    known = has_values(position_ids)
+    if not repeats.any() if known else past_key_values is not None:
+        return None
+    if known and past_key_values is not None:
+        raise ValueError("Rows of several images, whose `position_ids` start anew, have no cache.")
+    return nn.functional.pad(((position_ids.diff(dim=-1) <= 0) & repeats).cumsum(dim=-1), (1, 0))
+
+
+def check_flash_attention(images: torch.Tensor, position_ids: torch.Tensor, batch: int, masked: bool) -> None:
+    """Raise ValueError for packed `images` that FlashAttention does not keep apart: it has positions in place of a mask."""
+    if has_values(images) and (batch > 1 or masked or int((position_ids == 0).sum()) != int(images.max()) + 1):
+        raise ValueError(
+            "FlashAttention keeps packed images apart only in a batch of one row, without an `attention_mask`, and if the "
+            'positions of each begin with 0: put all images into one row, or use attn_implementation="sdpa".'
+        )
+
+
+def same_image(images: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The function of transformers' masks that lets a pixel attend to the pixels of its own image, of `images` (B, T)."""
+    return lambda batch, head, query, key: images[batch, query] == images[batch, key]
+
+
+def refuse_packed_images(position_ids: torch.Tensor | None, what: str) -> None:
+    """Raise ValueError if `position_ids` pack several images into a row, where `what` is of one image per row."""
+    images = number_images(position_ids)
+    if images is not None and has_values(images):
+        raise ValueError(
+            f"{what} is of one image per row; here `position_ids` start anew within a row: unpack the images."
+        )
+
+
+def check_mask(bool_masked_pos: torch.Tensor, shape: torch.Size, config: ImageGPTConfig) -> None:
+    """Raise ValueError unless `bool_masked_pos` fits tokens of `shape` (B, T) and the model is masked."""
+    if config.objective != "masked":
+        raise ValueError("`bool_masked_pos` is for masked models; this one is causal.")
+    if bool_masked_pos.dtype != torch.bool or bool_masked_pos.shape != shape:
+        raise ValueError(
+            f"`bool_masked_pos` is boolean and has the tokens' shape {tuple(shape)}; found {bool_masked_pos.dtype} of shape "
+            f"{tuple(bool_masked_pos.shape)}."
+        )
+
+
+def shift_right(tokens: torch.Tensor, sos_token_id: int, images: torch.Tensor | None = None) -> torch.Tensor:
+    """Turn pixels (B, N) into the inputs from which they are predicted, [SOS, x_0 … x_{N-2}] (B, N) [code src/model.py].
+
+    images: from `number_images`, if rows hold several; SOS is the first input of each.
+    """
+    shifted = nn.functional.pad(tokens[:, :-1].long(), (1, 0), value=sos_token_id)
+    if images is not None:
+        shifted = shifted.masked_fill(nn.functional.pad(images.diff(dim=-1) != 0, (1, 0)), sos_token_id)
+    return shifted

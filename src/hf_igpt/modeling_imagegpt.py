@@ -16,6 +16,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.utils import GenerateOutput
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,12 +32,24 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_imagegpt import add_room, remove_room
+from .cache_imagegpt import add_room, cut_candidates, remove_room, with_sos
 from .configuration_imagegpt import ImageGPTConfig
-from .inputs_imagegpt import IGNORE_INDEX, check_tokens, has_values, shift_right
+from .inputs_imagegpt import (
+    IGNORE_INDEX,
+    check_flash_attention,
+    check_length,
+    check_mask,
+    check_tokens,
+    has_values,
+    number_images,
+    refuse_packed_images,
+    same_image,
+    shift_right,
+)
 from .layers_imagegpt import (
     ImageGPTLayerNorm,
     ImageGPTProjection,
+    ImageGPTSublayer,
     QuickGELU,
     at_least_float32,
     choose_initial_std,
@@ -74,7 +88,7 @@ def eager_attention_forward(
     return output.transpose(1, 2), weights  # (B, T, heads, D/heads), (B, heads, T, T)
 
 
-class ImageGPTAttention(nn.Module):
+class ImageGPTAttention(ImageGPTSublayer):
     """Multi-head self-attention, with one projection to queries, keys and values."""
 
     def __init__(self, config: ImageGPTConfig, layer_idx: int) -> None:
@@ -114,7 +128,7 @@ class ImageGPTAttention(nn.Module):
         return self.resid_dropout(output), weights
 
 
-class ImageGPTMLP(nn.Module):
+class ImageGPTMLP(ImageGPTSublayer):
     """Two projections with an activation between them, of width 4 D unless the config says otherwise."""
 
     def __init__(self, config: ImageGPTConfig) -> None:
@@ -275,19 +289,20 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
                 f"output_attentions=True: {self.config._attn_implementation} attention does not compute its weights. Use "
                 '`model.set_attn_implementation("eager")`.'
             )
-        if self.config.objective == "masked":
-            use_cache = False  # every position attends to all others, so there is no past
+        images = number_images(position_ids, past_key_values, attention_mask)
+        if self.config.objective == "masked" or (images is not None and has_values(images)):
+            use_cache = False  # there is no past: every position attends to all others, or the row is complete
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if getattr(past_key_values, "is_compileable", False):
             self._refuse_flex_attention()
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self._check_length(inputs.shape, seen, position_ids)
+        check_length(inputs.shape, seen, position_ids, self.config)
         if inputs_embeds is None:
             check_tokens(inputs, self.config.vocab_size, "input_ids", self.config)
             inputs_embeds = self.wte(inputs.long())
         if bool_masked_pos is not None:
-            self._check_mask(bool_masked_pos, inputs.shape[:2])
+            check_mask(bool_masked_pos, inputs.shape[:2], self.config)
             inputs_embeds = inputs_embeds * ~bool_masked_pos[..., None]
         if position_ids is None:
             position_ids = (torch.arange(inputs.shape[1], device=inputs.device) + seen).unsqueeze(0)
@@ -300,35 +315,16 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            and_mask_function=None if images is None else same_image(images.expand(len(inputs_embeds), -1)),
         )
+        if images is not None and "flash" in str(self.config._attn_implementation):
+            check_flash_attention(images, position_ids, len(inputs_embeds), attention_mask is not None)
+            kwargs["position_ids"] = position_ids  # by which it tells images apart
         for block in self.h[: self.config.n_layer]:  # fewer while an assistant exits early
-            hidden = block(
-                hidden, past_key_values=past_key_values, attention_mask=mask, position_ids=position_ids, **kwargs
-            )
+            hidden = block(hidden, past_key_values=past_key_values, attention_mask=mask, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=self.ln_f(hidden), past_key_values=past_key_values if use_cache else None
         )
-
-    def _check_mask(self, bool_masked_pos: torch.Tensor, shape: torch.Size) -> None:
-        if self.config.objective != "masked":
-            raise ValueError("`bool_masked_pos` is for masked models; this one is causal.")
-        if bool_masked_pos.dtype != torch.bool or bool_masked_pos.shape != shape:
-            raise ValueError(
-                f"`bool_masked_pos` is boolean and has the tokens' shape {tuple(shape)}; found {bool_masked_pos.dtype} of "
-                f"shape {tuple(bool_masked_pos.shape)}."
-            )
-
-    def _check_length(self, shape: torch.Size, seen: int, position_ids: torch.Tensor | None) -> None:
-        if len(shape) < 2 or (len(shape) == 2 and shape[1] == 0):
-            raise ValueError(f"Tokens have shape (B, T), T >= 1; found {tuple(shape)}.")
-        if torch.compiler.is_compiling():
-            return
-        last = int(position_ids.max()) + 1 if position_ids is not None else int(seen) + shape[1]
-        if last > self.config.n_positions:
-            raise ValueError(
-                f"{last} tokens exceed n_positions = {self.config.n_positions}. An image has {self.config.n_positions} "
-                "pixels; its inputs are SOS and all pixels but the last. Resize images to the model's size."
-            )
 
 
 # -- heads -------------------------------------------------------------------------------------------------------------
@@ -393,9 +389,9 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
                     raise ValueError(
                         "`labels` with −100 do not determine the inputs: pass `input_ids` (SOS first) with them."
                     )
-                input_ids = shift_right(labels, self.config.sos_token_id)
+                input_ids = shift_right(labels, self.config.sos_token_id, number_images(position_ids))
                 use_cache = bool(use_cache)
-            elif input_ids is not None and has_values(input_ids) and not self._starts_with_sos(input_ids):
+            elif input_ids is not None and not self._starts_with_sos(input_ids, attention_mask):
                 logger.warning_once(
                     "`input_ids` given with `labels` do not start with SOS: pixel 0 is never scored. "
                     "`model(labels=tokens)` alone adds SOS and scores every pixel."
@@ -447,8 +443,15 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             normalize_logits,
         )
 
-    def _starts_with_sos(self, input_ids: torch.Tensor) -> bool:
-        return bool((input_ids[:, :1] == self.config.sos_token_id).all())
+    def _starts_with_sos(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        """Whether the first token that is not padding is SOS in every row; True where values cannot be read."""
+        if not has_values(input_ids):
+            return True
+        first = input_ids[:, :1]
+        if attention_mask is not None and attention_mask.shape == input_ids.shape:
+            start = attention_mask.to(input_ids.device, torch.long).argmax(dim=1, keepdim=True)
+            first = input_ids.gather(1, start)
+        return bool((first == self.config.sos_token_id).all())
 
     @torch.no_grad()
     def generate(  # type: ignore[override]  # the other arguments are in `kwargs`
@@ -493,7 +496,9 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
                 f"{length} tokens were requested; SOS and the {whole - 1} pixels of an image make {whole}. "
                 "Lower max_length or max_new_tokens, or leave them out for whole images."
             )
-        if prompt is not None and prompt.ndim == 2 and not self._starts_with_sos(prompt):
+        if prompt is None and kwargs.get("inputs_embeds") is None:
+            prompt = torch.tensor([[given("bos_token_id")]])
+        if prompt is not None and prompt.ndim == 2 and not self._starts_with_sos(prompt, kwargs.get("attention_mask")):
             logger.warning_once(
                 f"The prompt does not start with SOS ({self.config.sos_token_id}): every pixel is one position earlier "
                 "than in training."
@@ -502,6 +507,13 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         if not torch.is_tensor(output):
             remove_room(output.past_key_values)
         return output
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        return with_sos(super()._get_logits_processor(*args, **kwargs))  # type: ignore[misc]  # its `self`
+
+    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        found = super()._get_candidate_generator(generation_config, *args, **kwargs)  # type: ignore[misc]  # its `self`
+        return cut_candidates(found, generation_config.max_length - 1)  # the last pixel is no input
 
     def _prepare_cache_for_generation(  # type: ignore[override]  # annotated as bool there, but returns nothing
         self,
@@ -565,6 +577,7 @@ class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
                 raise ValueError(
                     "`labels` are scored where pixels are masked: pass `bool_masked_pos` (see `draw_mask`)."
                 )
+            refuse_packed_images(position_ids, "The loss")
             if input_ids is None and inputs_embeds is None:
                 input_ids = labels
         outputs = self.transformer(
@@ -574,7 +587,6 @@ class ImageGPTForMaskedImageModeling(ImageGPTPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             bool_masked_pos=bool_masked_pos,
-            use_cache=False,
             return_dict=True,
             **kwargs,
         )
@@ -639,7 +651,13 @@ class ImageGPTForImageClassification(ImageGPTPreTrainedModel):
         over the pixels of each image: all N for a causal model with `sos_inputs`, all but the first without, and the masked
         ones for a masked model. A token or label out of range is a ValueError.
         """
+        refuse_packed_images(position_ids, "A class")
         joint = labels is not None and self.lm_head is not None
+        if self.lm_head is not None and labels is None and num_items_in_batch is not None:
+            raise ValueError(
+                "A Trainer that computes the loss itself (label_smoothing_factor, compute_loss_func) would drop the "
+                "generative loss: leave these out, or load the classifier with generative_loss_weight=0."
+            )
         if joint and input_ids is None:
             raise ValueError("The joint loss scores tokens: pass `input_ids`.")
         if joint and self.config.objective == "masked" and bool_masked_pos is None:
