@@ -42,6 +42,7 @@ class Tester:
     batch_size, seq_length, vocab_size, num_labels = 4, 9, 21, 3  # 20 colours: the training tests draw 1..19
     hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 2
     num_masks = 2  # pixels that are hidden, where a mask is given
+    pad_token_id, bos_token_id = 0, 20  # without them, generation's tests pad nothing; SOS follows the colours
     is_training = True
 
     def __init__(self, trained, **options):
@@ -59,12 +60,20 @@ class Tester:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             num_labels=self.num_labels,
+            pad_token_id=self.pad_token_id,
+            bos_token_id=self.bos_token_id,
             **self.options,
         )
 
     def prepare_config_and_inputs_for_common(self):
         tokens = ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 1)
         inputs = {"input_ids": tokens}
+        if not self.options.get("sos_inputs"):  # which shift their inputs, pixels alone
+            mask = torch.ones_like(tokens)
+            mask[0, :2] = 0  # padding on the left
+            inputs["attention_mask"] = mask
+        if not self.options:  # causal: SOS comes first
+            tokens[mask == 0], tokens[0, 2], tokens[1:, 0] = self.pad_token_id, self.bos_token_id, self.bos_token_id
         if self.options.get("objective") == "masked":
             inputs["bool_masked_pos"] = hidden(tokens)
         return self.get_config(), inputs
