@@ -94,3 +94,20 @@ def test_facts_cannot_break_the_card():
         architectures=["ImageGPTForCausalImageModeling"], recipe={"data": "a | b", "note": "one | two\nthree <b>"}
     )
     assert "| note | one \\| two three &lt;b> |" in text and "Trained on a \\| b." in text
+
+
+def test_strangers_recipes_and_records_are_text():
+    words = "x | y\n![p](http://t.co) [l](javascript:a) <b>`c` $z$"
+    fields = {"task": "generation", "split": words, "n": 10, "dataset": words, "baseline": words, "unit": words}
+    record = Record(value=1.25, metric="nats_per_pixel", **fields)
+    recipe = {"data": words, words: words, "batch": ["a", words], "hub dataset": words}
+    text = card([record], architectures=["ImageGPTForCausalImageModeling"], recipe=recipe)
+    body = text.split("\n---\n", 1)[1]
+    assert "t.co" in body and "http://t.co" not in body and "<b>" not in body
+    assert re.search(r"(?<!\\)\[[lp]\]", body) is None and re.search(r"(?<![\\`])`c", body) is None
+    assert ModelCard(text).data.datasets == [words]  # YAML keeps it a string
+
+
+def test_a_template_in_a_record_is_not_filled():
+    text = card(recipe={"data": "{{ repo_id }} {% for a in b %}"})
+    assert "Trained on {{ repo_id }} {% for a in b %}." in text

@@ -1,5 +1,6 @@
 """Sources, splits, columns, cached tokens, augmentation, unreadable images. All data are made here."""
 
+import errno
 import io
 import shutil
 from itertools import chain
@@ -268,6 +269,52 @@ def test_tokens_are_cached_on_disk(folder, processor, palette, monkeypatch):
     for other in ({"clusters": palette[::-1]}, {"size": 4}, {"resample": 0}, {"do_center_crop": False}):
         with pytest.raises(BaseException, match="tokenised again"):
             tokenize(load_images(arguments)["train"], ImageGPTImageProcessorPil(**(options | other)))
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize("work", ["tokens", "readable"])
+def test_a_damaged_cache_is_made_anew(work, num_proc, folder, processor, tmp_path, capsys):
+    """Cut at every message of the file, and elsewhere: never fewer images, never an error."""
+    arguments = DataArguments(train_dir=str(folder), data_cache_dir=str(tmp_path))
+
+    def done():
+        images = load_images(arguments)["train"]
+        return tokenize(images, processor, num_proc=num_proc) if work == "tokens" else drop_unreadable(images, num_proc)
+
+    load_images(arguments)
+    of_splits = set(tmp_path.rglob("cache-*.arrow"))
+    expected = done()
+    cache = min(set(tmp_path.rglob("cache-*.arrow")) - of_splits)
+    whole = cache.read_bytes()
+    starts = [place for place in range(0, len(whole), 8) if whole[place : place + 4] == b"\xff" * 4]  # of messages
+    assert len(starts) >= 3
+    for place in (0, 1, len(whole) // 2, *starts[1:]):
+        cache.unlink()  # which leaves what is mapped above
+        cache.write_bytes(whole[:place])
+        capsys.readouterr()
+        again = done()
+        assert len(again) == len(expected)
+        if work == "tokens":
+            assert np.array_equal(token_array(again), token_array(expected))
+        if place < starts[-1]:
+            assert "is damaged" in capsys.readouterr().out and cache.stat().st_size == len(whole)
+    cache.unlink()
+    cache.write_bytes(bytes(len(whole)))
+    assert len(done()) == len(expected)
+
+
+def test_a_full_disk_is_no_damaged_cache(folder, processor, monkeypatch):
+    calls = []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets.Dataset, "map", full)
+    images = load_images(DataArguments(train_dir=str(folder)))["train"]
+    with pytest.raises(OSError, match="No space left"):
+        tokenize(images, processor)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("held", [1, 250, 10**6])

@@ -104,7 +104,9 @@ def load_labelled_images(args: DataArguments, seed: int = SEED) -> dict[str, dat
         n_held_out = round(len(splits["train"]) * LABELLED_HELD_OUT_FRACTION)
         counts = np.bincount(splits["train"][LABEL], minlength=len(names))
         stratify = LABEL if counts.min() >= 2 and n_held_out >= len(names) else None
-        parts = splits["train"].train_test_split(max(1, n_held_out), seed=seed, stratify_by_column=stratify)
+        parts = splits["train"].train_test_split(
+            max(1, n_held_out), seed=seed, stratify_by_column=stratify, load_from_cache_file=False
+        )
         splits["train"], splits["validation"] = parts["train"], parts["test"]
     return _limit_sizes({split: splits[split] for split in ("train", "validation", "test")}, args, seed)
 
@@ -118,7 +120,10 @@ def _hold_out(dataset: datasets.Dataset, args: DataArguments, seed: int) -> tupl
         raise ValueError(
             f"A held-out split needs a fraction between 0 and 1 and at least 2 images; found {fraction} of {n_images}."
         )
-    parts = dataset.train_test_split(test_size=max(1, round(fraction * n_images)), seed=seed)
+    # Drawn anew: a cached file of indices that was cut short would be another split, or an error without a name.
+    parts = dataset.train_test_split(
+        test_size=max(1, round(fraction * n_images)), seed=seed, load_from_cache_file=False
+    )
     return parts["train"], parts["test"]
 
 
@@ -127,7 +132,7 @@ def _limit_sizes(splits: Splits, args: DataArguments, seed: int) -> Splits:
     limits = dict.fromkeys(splits, args.max_eval_samples) | {"train": args.max_train_samples}
     for split, limit in limits.items():
         if limit is not None and limit < len(splits[split]):
-            splits[split] = splits[split].shuffle(seed=seed).select(range(limit))
+            splits[split] = splits[split].shuffle(seed=seed, load_from_cache_file=False).select(range(limit))
     return splits
 
 
