@@ -874,6 +874,14 @@ def test_watermarks_are_found(model):
     assert not detect(model.generate(sos)).any()
 
 
+@pytest.mark.parametrize("option", ["repetition_penalty", "encoder_repetition_penalty"])
+def test_penalties_of_repetition_leave_sos_alone(option, model, tokens):
+    prompt = shifted(tokens)[:, :9]
+    found = model.generate(prompt, max_new_tokens=1, do_sample=False, **{option: 1e9})[:, -1:]
+    repeated = (prompt == found).any(dim=1)
+    assert repeated.all() if option.startswith("encoder") else not repeated.any()
+
+
 def test_masked_models_take_and_ignore_use_cache(masked_model, tokens):
     expected = masked_model(tokens).logits
     for use_cache in (True, False):

@@ -11,7 +11,13 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList, WatermarkLogitsProcessor
+from transformers.generation.logits_process import (
+    EncoderRepetitionPenaltyLogitsProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 
@@ -119,8 +125,13 @@ class _WithSOS(LogitsProcessor):
         return self.processor(input_ids, nn.functional.pad(scores, (0, 1), value=-torch.inf))[:, :-1]
 
 
+_COUNT_SOS = (
+    EncoderRepetitionPenaltyLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    WatermarkLogitsProcessor,
+)
+
+
 def with_sos(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """Give watermarks a score for SOS, −inf, which the model has none for."""
-    return LogitsProcessorList(
-        [_WithSOS(each) if isinstance(each, WatermarkLogitsProcessor) else each for each in processors]
-    )
+    """Give processors that index scores by prompts or by `vocab_size` one for SOS, −inf, which the model has none for."""
+    return LogitsProcessorList([_WithSOS(each) if isinstance(each, _COUNT_SOS) else each for each in processors])
