@@ -112,6 +112,17 @@ def test_limits_on_what_fields_make_together():
         ImageGPTConfig(objective="masked", is_causal=True)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"n_layer": 10**6}, {"hidden_size": 12}, {"num_labels": 10**9}, {"objective": "bert"}]
+)
+def test_fields_given_on_loading_are_checked_too(fields, tmp_path):
+    ImageGPTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        ImageGPTConfig.from_pretrained(tmp_path, **fields)
+    found = ImageGPTConfig.from_pretrained(tmp_path, hidden_size=64, num_labels=7, dtype="auto", resid_pdrop=0)
+    assert (found.n_embd, found.num_labels, found.resid_pdrop) == (64, 7, 0) and found.n_layer == 24
+
+
 def test_large_but_sane_configurations():
     ImageGPTConfig(n_layer=96, n_embd=12288, n_head=96, n_positions=512 * 512, vocab_size=65536, num_labels=21841)
     ImageGPTConfig(n_layer=1000)

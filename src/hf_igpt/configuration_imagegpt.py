@@ -262,6 +262,12 @@ class ImageGPTConfig(PreTrainedConfig):
             raise ValueError(f"The configuration of {args[0] if args else 'a model'}: {error}") from error
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration as transformers does; `kwargs` that are fields are checked together with the others."""
+        names = {name for name in kwargs if cls.attribute_map.get(name, name) in _FIELDS} - {"dtype", "torch_dtype"}
+        return super().from_dict(config_dict | {name: kwargs[name] for name in names}, **kwargs)
+
+    @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
