@@ -173,7 +173,6 @@ REFUSED = [  # (arguments, field, value, what the one sentence says)
     (PretrainingArguments, "lr_scheduler_kwargs", {"a": 1}, "unexpected keyword argument"),
     (PretrainingArguments, "num_samples", -1, "at least 0"),
     (PretrainingArguments, "metric_for_best_model", "accuracy", "one of .*nats_per_pixel.* here; found accuracy"),
-    (PretrainingArguments, "greater_is_better", True, "keep the worst model by nats_per_pixel"),
     (FinetuningArguments, "metric_for_best_model", "f1", "one of .*accuracy.* here; found f1"),
     (FinetuningArguments, "early_stopping_patience", -1, "at least 0"),
     (FinetuningArguments, "generative_loss_weight", NAN, "at least 0 and finite"),

@@ -228,14 +228,10 @@ class RecipeArguments(TrainingArguments):
         self._check_optimizer()
 
     def _check_metric(self, *metrics: str) -> None:
-        """ValueError unless the best model is chosen by one of `metrics`, which are measured, and the right way round."""
+        """ValueError unless the best model is chosen by one of `metrics`, which are measured."""
         name = (self.metric_for_best_model or "loss").removeprefix("eval_")
         if name not in metrics:
             raise ValueError(f"--metric_for_best_model is one of {[*metrics]} here; found {name}.")
-        if self.greater_is_better not in (None, name == "accuracy"):
-            raise ValueError(
-                f"--greater_is_better {self.greater_is_better} would keep the worst model by {name}: leave it out."
-            )
 
     def _check_optimizer(self) -> None:
         """ValueError if the package of --optim is not installed, or it or the schedule lacks an argument or has a wrong one."""
