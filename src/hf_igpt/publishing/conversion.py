@@ -41,13 +41,13 @@ def read_openai(checkpoint: str | Path) -> dict[str, np.ndarray]:
     """Variables of a TensorFlow checkpoint by name, without `model/` and without the optimiser's.
 
     checkpoint: the path without suffix, as `DIR/model.ckpt-1000000`; any number of data shards. A missing or truncated
-    file is a ValueError that names it. Needs TensorFlow: pip install -e ".[openai]".
+    file is a ValueError that names it. Needs TensorFlow: pip install "hf_igpt[openai]".
     """
     try:
         from tensorflow.core.protobuf import tensor_bundle_pb2  # type: ignore[import-untyped,import-not-found,unused-ignore]
         from tensorflow.python.training import py_checkpoint_reader  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:
-        raise ImportError('Reading OpenAI\'s checkpoints needs TensorFlow: pip install -e ".[openai]"') from error
+        raise ImportError('Reading OpenAI\'s checkpoints needs TensorFlow: pip install "hf_igpt[openai]"') from error
 
     index = Path(f"{checkpoint}.index")
     if not index.is_file():
@@ -190,7 +190,7 @@ def from_openai(variables: dict[str, np.ndarray]) -> tuple[ImageGPTConfig, dict[
         config.sos_inputs = not masked
     with torch.device("meta"):
         whole = ImageGPTForCausalImageModeling(
-            ImageGPTConfig(**config.to_dict() | {"objective": "causal"})
+            ImageGPTConfig(**config.to_dict() | {"objective": "causal", "is_causal": True})
         ).state_dict()
     shapes = {name: tuple(weight.shape) for name, weight in whole.items()} | {"score.weight": (config.num_labels, d)}
     for name, weight in state.items():
