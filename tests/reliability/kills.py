@@ -1,0 +1,248 @@
+"""Runs that are killed and started again by the same command, against the same run undisturbed.
+
+`SCENARIOS` are commands of the real scripts on a network of one block and images of 4x4 pixels: the faults are in files and
+states, which are those of large models. All comparisons are bit by bit, on the CPU.
+"""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from outcomes import Count
+from trials import ROOT, SCRIPTS, Trial, Trials
+
+
+SHAPE = "n_layer=1,n_embd=16,n_head=1"
+COMMON = "--output_dir run --image_size 4 --use_cpu --disable_tqdm True --seed 1 --logging_steps 1 --max_eval_samples 8"
+STEPS = f"{COMMON} --max_steps 6 --save_steps 2 --eval_steps 2 --num_samples 1"
+GREYS = "--image_processor_name ../greys.npy"
+FEW = "--max_train_samples 40"  # three steps an epoch
+PRETRAIN = f"run_pretrain.py {STEPS} --config_overrides {SHAPE}"
+SCENARIOS = {
+    "causal, flips": f"{PRETRAIN} --num_colors 4 {FEW} --random_flip",
+    "masked": f"{PRETRAIN} {GREYS} {FEW} --objective masked --random_flip",
+    "pad-crop, milestones": f"{PRETRAIN} {GREYS} {FEW} --pad_crop --milestones 0.4,0.5,1",
+    "two workers": f"{PRETRAIN} {GREYS} {FEW} --random_flip --dataloader_num_workers 2",
+    "dropout, accumulation": f"run_pretrain.py {STEPS} {GREYS} {FEW} --per_device_train_batch_size 8"
+    f" --gradient_accumulation_steps 2 --config_overrides {SHAPE},resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1",
+    "half epochs, every checkpoint": f"run_pretrain.py {COMMON} {GREYS} {FEW} --num_train_epochs 2.5 --save_steps 1 --num_samples 0"
+    f" --save_total_limit 20 --config_overrides {SHAPE}",
+    "fine-tuning, early stopping": f"run_finetune.py {COMMON} {GREYS} {FEW} --num_train_epochs 9 --early_stopping_patience 2"
+    f" --learning_rate 1e-9 --random_flip --config_overrides {SHAPE}",
+    "stream": f"{PRETRAIN} {GREYS} --train_dir ../train.parquet --validation_dir ../valid.parquet --streaming --random_flip",
+    "folder, token cache": f"{PRETRAIN} --num_colors 4 --train_dir ../photos --data_cache_dir cache --random_flip"
+    " --train_val_split 0.2",
+}
+# Neither time nor place is part of a run; the state of random generators is proved by what follows from it.
+TIMES = re.compile(r".*(_runtime|_per_second)$|minutes$")
+UNREAD = ("training_args.bin", "rng_state.pth")
+
+
+def prepare(folder: Path) -> None:
+    """Write what the scenarios read: a palette of 4 greys, images as parquet files, and images as files."""
+    import io
+
+    import datasets
+    from PIL import Image
+
+    datasets.disable_progress_bars()
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "greys.npy", np.repeat(np.linspace(-1, 1, 4)[:, None], 3, axis=1))
+    rng = np.random.default_rng(0)
+    (folder / "photos").mkdir(exist_ok=True)
+    cells = []
+    for index in range(60):
+        image, buffer = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)), io.BytesIO()
+        image.save(buffer, "PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+        if index < 40:
+            image.save(folder / "photos" / f"{index:02}.png")
+    images = datasets.Dataset.from_dict(
+        {"image": cells}, features=datasets.Features({"image": datasets.Image(decode=False)})
+    )
+    images.select(range(48)).to_parquet(folder / "train.parquet")
+    images.select(range(48, 60)).to_parquet(folder / "valid.parquet")
+
+
+# -- what a run has left -----------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """What the files of a run mean, by name: two runs are the same if and only if this is."""
+    return {
+        path.relative_to(folder).as_posix(): meaning(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in UNREAD and path.name != ".lock"
+    }
+
+
+def meaning(path: Path) -> object:
+    if path.suffix == ".pt":
+        return plain(torch.load(path, weights_only=True))
+    if path.name == "trainer_state.json":
+        state = json.loads(path.read_text())
+        state["log_history"] = [
+            {name: value for name, value in entry.items() if not TIMES.match(name)}
+            for entry in state["log_history"]
+            if "train_runtime" not in entry  # see `summary`
+        ]
+        return state
+    return path.read_bytes()
+
+
+def plain(value: object) -> object:
+    """Tensors as bytes, so that == compares bit by bit."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def differences(expected: dict[str, object], found: dict[str, object]) -> str:
+    """Which files differ, in words; "" if none does."""
+    words = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    words += [f"{name} is left" for name in found.keys() - expected.keys()]
+    for name in sorted(expected.keys() & found.keys()):
+        one, other = expected[name], found[name]
+        if one != other:
+            parts = [key for key in one if one[key] != other.get(key)] if isinstance(one, dict) else []
+            if "log_history" in parts:
+                log, its = one["log_history"], other["log_history"]
+                keys = {key for a, b in zip(log, its) for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+                parts += sorted(keys) or [f"{len(its)} entries rather than {len(log)}"]
+            words.append(f"{name} differs" + (f" ({', '.join(map(str, parts))})" if parts else ""))
+    return "; ".join(sorted(words))
+
+
+def whole_checkpoints(folder: Path, expected: dict[str, object]) -> list[int]:
+    """The steps of the checkpoints in a killed run's folder that are all there, by a run that kept all of its own."""
+    steps = []
+    for place in folder.glob("checkpoint-*"):
+        names = {name for name in expected if name.startswith(f"{place.name}/")}
+        try:
+            found = {f"{place.name}/{name}": value for name, value in contents(place).items()}
+        except Exception:  # whatever a torn file is read as
+            continue
+        if names and all(found.get(name) == expected[name] for name in names):
+            steps.append(int(place.name.split("-")[1]))
+    return steps
+
+
+def resumed_step(said: str) -> int:
+    """The step of the checkpoint that a run continued from; 0: from the beginning."""
+    steps = re.findall(r"[Rr]esum\w+ from \S*checkpoint-(\d+)", said)
+    return int(steps[-1]) if steps else 0
+
+
+def summary(folder: Path) -> list[float]:
+    """The mean loss in the entry that transformers adds to a log when training ends. Compared apart from all else."""
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry.get("train_loss") for entry in log if "train_runtime" in entry]
+
+
+# -- trials ------------------------------------------------------------------------------------------------------------
+
+
+class Scenario:
+    """A command, what an undisturbed run of it leaves, and how that looks while it lasts."""
+
+    def __init__(self, trials: Trials, name: str, folder: Path, summaries: Count | None = None) -> None:
+        self.trials, self.name, self.folder = trials, name, folder
+        self.summaries = summaries or Count("kills", "train_loss in the log's last entry")
+        self.words = shlex.split(SCENARIOS[name])
+        self.numbers = itertools.count()
+        start = time.monotonic()
+        whole = self.run(folder / "whole")
+        self.seconds = time.monotonic() - start
+        if whole.status:
+            raise RuntimeError(f"{name}, undisturbed: {whole.said[-3000:]}")
+        self.events, self.expected = whole.events, contents(folder / "whole" / "run")
+        keeping = self.run(folder / "keeping", "--save_total_limit", 100)  # every checkpoint, to compare with
+        self.checkpoints = contents(folder / "keeping" / "run")
+        assert keeping.status == 0, keeping.said
+
+    def run(self, folder: Path, *more: object, fault: dict | None = None, **options: object) -> Trial:
+        script, *words = self.words
+        return self.trials.run(folder, script, *words, *more, fault=fault, **options)
+
+    def new_folder(self) -> Path:
+        return self.folder / f"trial-{next(self.numbers)}"
+
+    def judge(self, folder: Path, again: Trial, whole: list[int]) -> tuple[str, str]:
+        """The outcome of a run that was started again, when the checkpoints of the steps `whole` were there, and why."""
+        if again.error and "holds a finished run" not in again.error:
+            return ("lost" if whole or "Another run" in again.error else "refused"), again.error
+        if again.status and not again.error:
+            return "traceback", f"{again.status}: {again.last_line}"
+        try:
+            found = contents(folder / "run")
+        except Exception as error:
+            return "silent", f"{type(error).__name__}: {error}"
+        if different := differences(self.expected, found):
+            return "silent", different
+        if again.status == 0 and whole and resumed_step(again.said) < max(whole):
+            return "lost", f"checkpoint-{max(whole)} was whole, continued from {resumed_step(again.said)}"
+        outcome = "equal" if summary(folder / "run") == summary(self.folder / "whole" / "run") else "silent"
+        self.summaries.add(outcome, self.name, "another one")
+        return "equal", ""
+
+    def kill(self, fault: dict) -> tuple[str, str, str]:
+        """Run with a fault, then again without: the outcome, where the fault struck, and what was wrong."""
+        folder = self.new_folder()
+        first = self.run(folder, fault=fault)
+        where = f"{fault}, {first.events[-1] if first.events else 'before any file'}"
+        if first.status >= 0 and "full" not in fault:
+            outcome, said = self.judge(folder, first, [])  # it had ended before
+        else:
+            whole = whole_checkpoints(folder / "run", self.checkpoints)
+            again = self.run(folder)
+            for _ in range(20):  # workers, which hold what their parent had opened, notice within seconds that it is gone
+                if again.error is None or "Another run is writing" not in again.error:
+                    break
+                time.sleep(0.5)
+                again = self.run(folder)
+            outcome, said = self.judge(folder, again, whole)
+        shutil.rmtree(folder)
+        return outcome, where, said
+
+
+def spread(n: int, among: int) -> list[int]:
+    """n of the numbers 1..among, evenly."""
+    return sorted({1 + index * (among - 1) // max(1, n - 1) for index in range(min(n, among))})
+
+
+def kill_runs(trials: Trials, folder: Path, names: list[str], at_events: int, at_random: int, seed: int) -> Iterator[Count]:
+    """Kill each scenario at `at_events` file events, whole and torn, and at `at_random` moments."""
+    rng = np.random.default_rng(seed)
+    summaries = Count("kills", "in all of these that ended equal: train_loss in the log's last entry")
+    for name in names:
+        place = folder / re.sub(r"\W+", "-", name)
+        prepare(place)
+        scenario = Scenario(trials, name, place, summaries)
+        events = spread(at_events, len(scenario.events))
+        faults = {
+            "SIGKILL at a file event": [{"kill": n} for n in events],
+            "and the last file torn": [{"kill": n, "tear": True} for n in events],
+            "SIGKILL at a random moment": [{"after": float(rng.uniform(0, scenario.seconds))} for _ in range(at_random)],
+        }
+        for words, each in faults.items():
+            count, start = Count("kills", f"{name}: {words}"), time.monotonic()
+            for fault in each:
+                count.add(*scenario.kill(fault))
+            count.seconds = round(time.monotonic() - start, 1)
+            if each:
+                yield count
+        shutil.rmtree(place)
+    yield summaries
