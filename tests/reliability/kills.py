@@ -110,10 +110,10 @@ def plain(value: object) -> object:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def differences(expected: dict[str, object], found: dict[str, object]) -> str:
-    """Which files differ, in words; "" if none does."""
+def differences(expected: dict[str, object], found: dict[str, object], left: bool = True) -> str:
+    """Which files differ, in words; "" if none does. left: whether files count that should not be there."""
     words = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    words += [f"{name} is left" for name in found.keys() - expected.keys()]
+    words += [f"{name} is left" for name in found.keys() - expected.keys()] if left else []
     for name in sorted(expected.keys() & found.keys()):
         one, other = expected[name], found[name]
         if one != other:
@@ -158,9 +158,8 @@ def summary(folder: Path) -> list[float]:
 class Scenario:
     """A command, what an undisturbed run of it leaves, and how that looks while it lasts."""
 
-    def __init__(self, trials: Trials, name: str, folder: Path, summaries: Count | None = None) -> None:
-        self.trials, self.name, self.folder = trials, name, folder
-        self.summaries = summaries or Count("kills", "train_loss in the log's last entry")
+    def __init__(self, trials: Trials, name: str, folder: Path, remains: "Remains | None" = None) -> None:
+        self.trials, self.name, self.folder, self.remains = trials, name, folder, remains or Remains()
         self.words = shlex.split(SCENARIOS[name])
         self.numbers = itertools.count()
         start = time.monotonic()
@@ -190,12 +189,11 @@ class Scenario:
             found = contents(folder / "run")
         except Exception as error:
             return "silent", f"{type(error).__name__}: {error}"
-        if different := differences(self.expected, found):
+        if different := differences(self.expected, found, left=False):
             return "silent", different
         if again.status == 0 and whole and resumed_step(again.said) < max(whole):
             return "lost", f"checkpoint-{max(whole)} was whole, continued from {resumed_step(again.said)}"
-        outcome = "equal" if summary(folder / "run") == summary(self.folder / "whole" / "run") else "silent"
-        self.summaries.add(outcome, self.name, "another one")
+        self.remains.look(self, folder / "run")
         return "equal", ""
 
     def kill(self, fault: dict) -> tuple[str, str, str]:
@@ -208,7 +206,9 @@ class Scenario:
         else:
             whole = whole_checkpoints(folder / "run", self.checkpoints)
             again = self.run(folder)
-            for _ in range(20):  # workers, which hold what their parent had opened, notice within seconds that it is gone
+            for _ in range(
+                20
+            ):  # workers, which hold what their parent had opened, notice within seconds that it is gone
                 if again.error is None or "Another run is writing" not in again.error:
                     break
                 time.sleep(0.5)
@@ -218,24 +218,50 @@ class Scenario:
         return outcome, where, said
 
 
+class Remains:
+    """What is counted apart from all else in runs that ended equal, so that it hides nothing."""
+
+    def __init__(self) -> None:
+        self.summaries = Count("kills", "train_loss in the log's last entry, in all of these that ended equal")
+        self.litter = Count("kills", "no part of a checkpoint left behind, in all of these that ended equal")
+
+    def look(self, scenario: Scenario, run: Path) -> None:
+        mean = summary(run), summary(scenario.folder / "whole" / "run")
+        self.summaries.add(
+            "equal" if mean[0] == mean[1] else "silent", scenario.name, f"{mean[0]} rather than {mean[1]}"
+        )
+        names = {path.name for path in last_checkpoint(scenario.folder / "keeping" / "run").iterdir()}
+        parts = [place.name for place in run.glob("checkpoint-*") if {path.name for path in place.iterdir()} < names]
+        self.litter.add("silent" if parts else "equal", scenario.name, f"a part of {', '.join(parts)}" if parts else "")
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The newest checkpoint's folder."""
+    return max(run.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+
+
 def spread(n: int, among: int) -> list[int]:
     """n of the numbers 1..among, evenly."""
     return sorted({1 + index * (among - 1) // max(1, n - 1) for index in range(min(n, among))})
 
 
-def kill_runs(trials: Trials, folder: Path, names: list[str], at_events: int, at_random: int, seed: int) -> Iterator[Count]:
+def kill_runs(
+    trials: Trials, folder: Path, names: list[str], at_events: int, at_random: int, seed: int
+) -> Iterator[Count]:
     """Kill each scenario at `at_events` file events, whole and torn, and at `at_random` moments."""
     rng = np.random.default_rng(seed)
-    summaries = Count("kills", "in all of these that ended equal: train_loss in the log's last entry")
+    remains = Remains()
     for name in names:
         place = folder / re.sub(r"\W+", "-", name)
         prepare(place)
-        scenario = Scenario(trials, name, place, summaries)
+        scenario = Scenario(trials, name, place, remains)
         events = spread(at_events, len(scenario.events))
         faults = {
             "SIGKILL at a file event": [{"kill": n} for n in events],
             "and the last file torn": [{"kill": n, "tear": True} for n in events],
-            "SIGKILL at a random moment": [{"after": float(rng.uniform(0, scenario.seconds))} for _ in range(at_random)],
+            "SIGKILL at a random moment": [
+                {"after": float(rng.uniform(0, scenario.seconds))} for _ in range(at_random)
+            ],
         }
         for words, each in faults.items():
             count, start = Count("kills", f"{name}: {words}"), time.monotonic()
@@ -245,4 +271,4 @@ def kill_runs(trials: Trials, folder: Path, names: list[str], at_events: int, at
             if each:
                 yield count
         shutil.rmtree(place)
-    yield summaries
+    yield from (remains.litter, remains.summaries)

@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from damage import CHANGES, changed_arguments, damaged_checkpoints
 from kills import SCENARIOS, kill_runs
 from outcomes import Count, read_counts, write_counts
 from trials import ROOT, Trials
@@ -26,7 +27,20 @@ def kills(trials: Trials, folder: Path, seed: int, times: float) -> Iterator[Cou
     return kill_runs(trials, folder, list(SCENARIOS), round(28 * times), round(8 * times), seed)
 
 
-PARTS: dict[str, Callable[[Trials, Path, int, float], Iterator[Count]]] = {"kills": kills}
+def damage(trials: Trials, folder: Path, seed: int, times: float) -> Iterator[Count]:
+    names = ["causal, flips", "fine-tuning, early stopping", "stream"]
+    return damaged_checkpoints(trials, folder, names, stride=max(1, round(1 / times)))
+
+
+def changes(trials: Trials, folder: Path, seed: int, times: float) -> Iterator[Count]:
+    return changed_arguments(trials, folder, list(CHANGES), stride=max(1, round(1 / times)))
+
+
+PARTS: dict[str, Callable[[Trials, Path, int, float], Iterator[Count]]] = {
+    "kills": kills,
+    "damage": damage,
+    "changes": changes,
+}
 
 
 def main() -> int:
@@ -34,7 +48,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "reports" / "reliability" / "last.json")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seed", type=int, default=0, help="of random moments and of all fuzzers")
-    parser.add_argument("--times", type=float, default=1.0, help="0.1: a tenth of all that is injected; 2: twice as much")
+    parser.add_argument(
+        "--times", type=float, default=1.0, help="0.1: a tenth of all that is injected; 2: twice as much"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     counts: dict[str, list[Count]] = {}

@@ -85,7 +85,9 @@ class Trials:
         self.server.communicate()
         self.errors.close()
 
-    def run(self, folder: Path, script: str, *words: object, fault: dict | None = None, limits: dict | None = None) -> Trial:
+    def run(
+        self, folder: Path, script: str, *words: object, fault: dict | None = None, limits: dict | None = None
+    ) -> Trial:
         """Run a script in `folder`. script: a name in scripts/, or a path. limits: soft limits by name ("RLIMIT_AS")."""
         folder.mkdir(parents=True, exist_ok=True)
         words = [str(SCRIPTS / script), *map(str, words)]
