@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from kills import Scenario, contents, differences, last_checkpoint, prepare, resumed_step, whole_checkpoints
 from outcomes import Count

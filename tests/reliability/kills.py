@@ -6,13 +6,9 @@ states, which are those of large models. All comparisons are bit by bit, on the 
 
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from outcomes import Count
-from trials import ROOT, SCRIPTS, Trial, Trials
+from trials import Trial, Trials
 
 
 SHAPE = "n_layer=1,n_embd=16,n_head=1"
@@ -120,7 +116,12 @@ def differences(expected: dict[str, object], found: dict[str, object], left: boo
             parts = [key for key in one if one[key] != other.get(key)] if isinstance(one, dict) else []
             if "log_history" in parts:
                 log, its = one["log_history"], other["log_history"]
-                keys = {key for a, b in zip(log, its) for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
+                keys = {
+                    key
+                    for a, b in zip(log, its, strict=False)
+                    for key in a.keys() | b.keys()
+                    if a.get(key) != b.get(key)
+                }
                 parts += sorted(keys) or [f"{len(its)} entries rather than {len(log)}"]
             words.append(f"{name} differs" + (f" ({', '.join(map(str, parts))})" if parts else ""))
     return "; ".join(sorted(words))
