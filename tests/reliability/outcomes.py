@@ -42,8 +42,7 @@ class Count:
         setattr(self, outcome, getattr(self, outcome) + 1)
         if outcome in self.allowed:
             return
-        words = re.sub(r"\d+", "0", said)
-        same = [one for one in self.examples if (one["outcome"], re.sub(r"\d+", "0", one["said"])) == (outcome, words)]
+        same = [one for one in self.examples if alike(one["outcome"], one["said"]) == alike(outcome, said)]
         if same:
             same[0]["times"] += 1
         elif len(self.examples) < EXAMPLES:
@@ -53,6 +52,11 @@ class Count:
     def wrong(self) -> int:
         """How many outcomes are not as they should be."""
         return self.injected - sum(getattr(self, outcome) for outcome in self.allowed)
+
+
+def alike(outcome: str, said: str) -> tuple[str, str]:
+    """The same for what is wrong in the same way: of an error its type and place, else the words without numbers."""
+    return outcome, said.partition(": ")[0] if outcome == "traceback" else re.sub(r"\d+", "0", said)
 
 
 def write_counts(path: Path, about: dict[str, str], counts: Iterable[Count]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from damage import CHANGES, changed_arguments, damaged_checkpoints
+from fuzz import fuzz
 from kills import SCENARIOS, kill_runs
 from outcomes import Count, read_counts, write_counts
 from trials import ROOT, Trials
@@ -40,6 +41,7 @@ PARTS: dict[str, Callable[[Trials, Path, int, float], Iterator[Count]]] = {
     "kills": kills,
     "damage": damage,
     "changes": changes,
+    "fuzz": fuzz,
 }
 
 

@@ -90,7 +90,7 @@ class Trials:
     ) -> Trial:
         """Run a script in `folder`. script: a name in scripts/, or a path. limits: soft limits by name ("RLIMIT_AS")."""
         folder.mkdir(parents=True, exist_ok=True)
-        words = [str(SCRIPTS / script), *map(str, words)]
+        words = [str(SCRIPTS / script), *map(str, words)]  # an absolute path stays what it is
         job = {"words": words, "folder": str(folder), "fault": fault or {}, "limits": limits or {}}
         with tempfile.NamedTemporaryFile("r", errors="replace") as said, tempfile.NamedTemporaryFile("r") as events:
             self.server.stdin.write(json.dumps(job | {"said": said.name, "events": events.name}) + "\n")
@@ -213,7 +213,7 @@ def serve() -> None:
         if not process:
             answers.close()
             return child(job)
-        deadline = time.monotonic() + job["fault"].get("after", 600)
+        deadline = time.monotonic() + job["fault"].get("after", 3600)
         while True:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
