@@ -7,7 +7,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from kills import Scenario, contents, differences, last_checkpoint, prepare, resumed_step, whole_checkpoints
 from outcomes import Count
@@ -110,6 +112,12 @@ BESIDE: dict[str, Callable[[Path], object]] = {
 }
 
 
+def some_of(everything: list[Any], share: float) -> list[Any]:
+    """A share of a list in its order, the same each time, at least one."""
+    n = max(1, round(min(1, share) * len(everything)))
+    return [everything[i] for i in sorted(np.random.default_rng(0).permutation(len(everything))[:n])]
+
+
 def interrupted(trials: Trials, name: str, folder: Path) -> Scenario:
     """A scenario, with a run in `folder / "killed"` that was killed when it had two checkpoints and wrote on a third."""
     prepare(folder)
@@ -138,8 +146,8 @@ def damages(run: Path) -> Iterator[tuple[str, str, Callable[[], object]]]:
         yield "files of no concern", words, lambda damage=damage: damage(run)
 
 
-def damaged_checkpoints(trials: Trials, folder: Path, names: list[str], stride: int = 1) -> Iterator[Count]:
-    """Each damage, or every `stride`-th, of a killed run of each scenario, which is then started again.
+def damaged_checkpoints(trials: Trials, folder: Path, names: list[str], share: float = 1.0) -> Iterator[Count]:
+    """Each damage, or a random `share` of them, of a killed run of each scenario, which is then started again.
 
     It must go on from the checkpoint before, and say so, or refuse; what is of no concern must change nothing.
     """
@@ -148,7 +156,7 @@ def damaged_checkpoints(trials: Trials, folder: Path, names: list[str], stride: 
         counts: dict[str, Count] = {}
         start = time.monotonic()
         steps = sorted(whole_checkpoints(scenario.folder / "killed" / "run", scenario.checkpoints))
-        for kind, words, _ in list(damages(scenario.folder / "killed" / "run"))[::stride]:
+        for kind, words, _ in some_of(list(damages(scenario.folder / "killed" / "run")), share):
             place = scenario.new_folder()
             shutil.copytree(scenario.folder / "killed", place)
             next(do for _, same, do in damages(place / "run") if same == words)()
@@ -224,12 +232,12 @@ def changes_of(name: str) -> list[str]:
     return [change.strip() for line in CHANGES[name].split("\n") for change in line.split("|") if change.strip()]
 
 
-def changed_arguments(trials: Trials, folder: Path, names: list[str], stride: int = 1) -> Iterator[Count]:
-    """Each change, or every `stride`-th, on a killed run of each scenario that is started again with it."""
+def changed_arguments(trials: Trials, folder: Path, names: list[str], share: float = 1.0) -> Iterator[Count]:
+    """Each change, or a random `share` of them, on a killed run of each scenario that is started again with it."""
     for name in names:
         scenario = interrupted(trials, name, folder / re.sub(r"\W+", "-", name))
         count, start = Count("changed arguments", name, allowed=("equal", "refused")), time.monotonic()
-        for change in changes_of(name)[::stride]:
+        for change in some_of(changes_of(name), share):
             place = scenario.new_folder()
             shutil.copytree(scenario.folder / "killed", place)
             again = scenario.run(place, *shlex.split(change.removeprefix("~"), posix="{" not in change))

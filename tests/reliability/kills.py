@@ -4,11 +4,16 @@
 states, which are those of large models. All comparisons are bit by bit, on the CPU.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from outcomes import Count
-from trials import Trial, Trials
+from trials import SCRIPTS, Trial, Trials, environment
 
 
 SHAPE = "n_layer=1,n_embd=16,n_head=1"
@@ -273,3 +278,85 @@ def kill_runs(
                 yield count
         shutil.rmtree(place)
     yield from (remains.litter, remains.summaries)
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+LAUNCHED = (
+    f"run_pretrain.py {STEPS} {GREYS} {FEW} --random_flip --per_device_train_batch_size 8 --config_overrides {SHAPE}"
+)
+
+
+def launch(folder: Path) -> subprocess.Popen[bytes]:
+    """Two processes by torchrun, in a session of their own; what they say goes to `said`, which is emptied first."""
+    script, *words = shlex.split(LAUNCHED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    folder.mkdir(exist_ok=True)
+    with open(folder / "said", "wb") as said:
+        return subprocess.Popen(
+            [*torchrun, str(SCRIPTS / script), *words],
+            cwd=folder,
+            env=environment(folder.parent),
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def living(session: int) -> list[int]:
+    """The processes of a session that are not yet gone."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session = (place / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state != "Z":
+                found.append(int(place.name))
+    return found
+
+
+def kill_launchers(folder: Path, number: int, seed: int) -> Iterator[Count]:
+    """Kill torchrun alone, at random moments of training, and start the same command at once, and once the workers are gone.
+
+    Its workers may live on: while they do, nobody else may write to their folder.
+    """
+    prepare(folder)
+    count, start = Count("kills", "two processes: SIGKILL of torchrun alone"), time.monotonic()
+    first = launch(folder / "whole")
+    if first.wait(300):
+        raise RuntimeError((folder / "whole" / "said").read_text()[-3000:])
+    expected = contents(folder / "whole" / "run")
+    for moment in np.random.default_rng(seed).uniform(0, 2, number):
+        place = folder / "trial"
+        orphaned = launch(place)
+        while orphaned.poll() is None and not (place / "run" / "run.json").exists():
+            time.sleep(0.01)
+        time.sleep(moment)
+        os.kill(orphaned.pid, signal.SIGKILL)
+        orphaned.wait()
+        left = len(living(orphaned.pid))
+        again = launch(place)
+        status = again.wait(300)
+        said = (place / "said").read_text(errors="replace")
+        deadline = time.monotonic() + 60
+        while living(orphaned.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if stuck := living(orphaned.pid):
+            for process in stuck:
+                os.kill(process, signal.SIGKILL)
+        if status and "Another run" in said:
+            status = launch(place).wait(300)
+            said = (place / "said").read_text(errors="replace")
+        refusals = re.findall(r"run_pretrain.py: error: (.*)", said)
+        different = (
+            differences(expected, contents(place / "run"), left=False) if (place / "run").is_dir() else "no folder"
+        )
+        if stuck:
+            outcome, words = "lost", "the workers live on and write nothing"
+        elif status and not ("finished run" in "".join(refusals)):
+            outcome, words = ("lost", refusals[0]) if refusals else ("traceback", said.rstrip()[-300:])
+        else:
+            outcome, words = ("silent", different) if different else ("equal", "")
+        count.add(outcome, f"{moment:.2f} s after run.json, {left} processes left", words)
+        shutil.rmtree(place)
+    count.seconds = round(time.monotonic() - start, 1)
+    yield count

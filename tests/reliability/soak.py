@@ -19,22 +19,24 @@ from pathlib import Path
 import torch
 from damage import CHANGES, changed_arguments, damaged_checkpoints
 from fuzz import fuzz
-from kills import SCENARIOS, kill_runs
+from kills import SCENARIOS, kill_launchers, kill_runs
+from load import load
 from outcomes import Count, read_counts, write_counts
 from trials import ROOT, Trials
 
 
 def kills(trials: Trials, folder: Path, seed: int, times: float) -> Iterator[Count]:
-    return kill_runs(trials, folder, list(SCENARIOS), round(28 * times), round(8 * times), seed)
+    yield from kill_runs(trials, folder, list(SCENARIOS), round(28 * times), round(8 * times), seed)
+    yield from kill_launchers(folder / "launched", max(1, round(8 * times)), seed)
 
 
 def damage(trials: Trials, folder: Path, seed: int, times: float) -> Iterator[Count]:
     names = ["causal, flips", "fine-tuning, early stopping", "stream"]
-    return damaged_checkpoints(trials, folder, names, stride=max(1, round(1 / times)))
+    return damaged_checkpoints(trials, folder, names, times)
 
 
 def changes(trials: Trials, folder: Path, seed: int, times: float) -> Iterator[Count]:
-    return changed_arguments(trials, folder, list(CHANGES), stride=max(1, round(1 / times)))
+    return changed_arguments(trials, folder, list(CHANGES), times)
 
 
 PARTS: dict[str, Callable[[Trials, Path, int, float], Iterator[Count]]] = {
@@ -42,6 +44,7 @@ PARTS: dict[str, Callable[[Trials, Path, int, float], Iterator[Count]]] = {
     "damage": damage,
     "changes": changes,
     "fuzz": fuzz,
+    "load": load,
 }
 
 

@@ -52,6 +52,20 @@ class Trial:
         return self.said.rstrip().rsplit("\n", 1)[-1][:400]
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """That of processes which run scripts: offline, on one thread, with all caches in `folder`."""
+    home = folder / "home"
+    home.mkdir(parents=True, exist_ok=True)
+    return os.environ | {
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT / "src"),
+        "MPLBACKEND": "agg",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
 class Trials:
     """The process that forks trials. `folder` is where its own files, and all caches of Hugging Face, are."""
 
@@ -59,20 +73,10 @@ class Trials:
         self.folder = folder
 
     def __enter__(self) -> "Trials":
-        home = self.folder / "home"
-        home.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {
-            "HF_HOME": str(home),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT / "src"),
-            "MPLBACKEND": "agg",
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-        }
         self.errors = tempfile.TemporaryFile("w+")
         self.server = subprocess.Popen(
             [sys.executable, __file__],
-            env=environment,
+            env=environment(self.folder),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
