@@ -352,7 +352,7 @@ def kill_launchers(folder: Path, number: int, seed: int) -> Iterator[Count]:
         )
         if stuck:
             outcome, words = "lost", "the workers live on and write nothing"
-        elif status and not ("finished run" in "".join(refusals)):
+        elif status and "finished run" not in "".join(refusals):
             outcome, words = ("lost", refusals[0]) if refusals else ("traceback", said.rstrip()[-300:])
         else:
             outcome, words = ("silent", different) if different else ("equal", "")

@@ -150,13 +150,11 @@ def measure(name: str, number: int) -> float:
     return (last - first) / MIB
 
 
-def load(trials: Any, folder: Path, seed: int, times: float) -> Iterator[Any]:
-    """Threads, full disks and memory."""
-    from kills import Scenario, prepare, spread
+def in_threads(trials: Any, folder: Path, seed: int, times: float) -> Iterator[Any]:
+    """Threads that share a model, in a child."""
     from outcomes import Count
 
     count, start = Count("threads", f"calls of {N_THREADS} threads on one model"), time.monotonic()
-    (folder / "threads").mkdir()
     trial = trials.run(folder / "threads", __file__, "threads", max(1, round(30 * times)))
     for outcome, call, said in re.findall(r"^(\w+)\t(.*)\t(.*)$", trial.said, re.MULTILINE):
         count.add(outcome, call, said)
@@ -164,6 +162,12 @@ def load(trials: Any, folder: Path, seed: int, times: float) -> Iterator[Any]:
         count.add("traceback", "threads", trial.last_line)
     count.seconds = round(time.monotonic() - start, 1)
     yield count
+
+
+def on_full_disks(trials: Any, folder: Path, seed: int, times: float) -> Iterator[Any]:
+    """Disks that are full from a file event on, and small file systems that fill."""
+    from kills import Scenario, prepare, spread
+    from outcomes import Count
 
     for name in ("causal, flips", "fine-tuning, early stopping", "folder, token cache"):
         place = folder / re.sub(r"\W+", "-", name)
@@ -179,15 +183,19 @@ def load(trials: Any, folder: Path, seed: int, times: float) -> Iterator[Any]:
             for kib in np.linspace(8, 280, max(1, round(20 * times))).astype(int):
                 if outcome := small_disk(scenario, int(kib)):
                     count.add(*outcome)
-            if count.injected:
+            if count.injected:  # only root may mount
                 count.seconds = round(time.monotonic() - start, 1)
                 yield count
         shutil.rmtree(place)
 
+
+def over_time(trials: Any, folder: Path, seed: int, times: float) -> Iterator[Any]:
+    """What a process keeps of long work."""
+    from outcomes import Count
+
     for name, (number, limit) in MEASURES.items():
         number = max(8, round(number * times))
         count, start = Count("memory", f"{number:,} {name}, growth of at most {limit} MiB"), time.monotonic()
-        (folder / "memory" / name).mkdir(parents=True)
         trial = trials.run(folder / "memory" / name, __file__, name, number)
         grown = re.search(r"^grown (\S+)$", trial.said, re.MULTILINE)
         if grown is None:

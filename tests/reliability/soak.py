@@ -20,7 +20,7 @@ import torch
 from damage import CHANGES, changed_arguments, damaged_checkpoints
 from fuzz import fuzz
 from kills import SCENARIOS, kill_launchers, kill_runs
-from load import load
+from load import in_threads, on_full_disks, over_time
 from outcomes import Count, read_counts, write_counts
 from trials import ROOT, Trials
 
@@ -44,7 +44,9 @@ PARTS: dict[str, Callable[[Trials, Path, int, float], Iterator[Count]]] = {
     "damage": damage,
     "changes": changes,
     "fuzz": fuzz,
-    "load": load,
+    "threads": in_threads,
+    "disks": on_full_disks,
+    "memory": over_time,
 }
 
 
