@@ -10,7 +10,7 @@ DEMO = outputs/demo
 TORCHVISION = $(VENV)/torchvision
 PEER = $(VENV)/peer
 
-.PHONY: demo test test-floor test-floor-models test-models lint graph render clean
+.PHONY: demo test test-floor test-floor-models test-models soak lint graph render clean
 
 demo: $(VENV)/installed  ## learn from the digits and draw, in minutes
 	rm -rf $(DEMO)
@@ -39,6 +39,11 @@ test-floor-models:
 
 test-models: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(MODELS:%=tests/test_%.py)
+
+# SOAK: flags, as --only kills, or --times 0.1 for a tenth of it. What came of it is in reports/reliability/last.json, whose
+# table `make render` puts into docs/reliability.md.
+soak: $(VENV)/installed-test  ## hours of kills, damage, fuzzing, threads, full disks
+	$(VENV)/bin/python tests/reliability/soak.py $(SOAK)
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

@@ -3,7 +3,7 @@
     make render
 
 That is: the cards in `model_cards/`, the reports of several runs, and in the README and `docs/` what stands between
-`<!-- records: FILE -->`, `<!-- speed: FILE -->` or `<!-- plan TABLE: FLAGS -->` and `<!-- end -->`.
+`<!-- records: FILE -->`, `<!-- speed: FILE -->`, `<!-- reliability: FILE -->` or `<!-- plan TABLE: FLAGS -->` and `<!-- end -->`.
 """
 
 import json
@@ -17,21 +17,22 @@ from transformers import HfArgumentParser
 
 from hf_igpt import ImageGPTConfig
 from hf_igpt.commands.plan import PlanArguments, memory_table, options, run_table, simplest_that_fits
-from hf_igpt.evaluation.records import RECORDS, RUN, markdown_table, read_records
+from hf_igpt.evaluation.records import RECORDS, RUN, markdown_rows, markdown_table, read_records
 from hf_igpt.publishing.cards import render_card
 from hf_igpt.reporting import plots
 from hf_igpt.reporting.reports import write_report
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "reliability")]
 
+from outcomes import read_counts, rows, summed
 from table import format_table
 
 
 PICTURES = ("samples.png", "completions.png", "training.png")  # that cards here show
 OURS = {"igpt-digits-tiny": ("digits-tiny", {"size": "tiny", "image_size": 8, "n_colors": 16})}
-TABLES_IN = ("README.md", "docs/speed.md", "docs/scaling.md")
+TABLES_IN = ("README.md", "docs/speed.md", "docs/scaling.md", "docs/reliability.md")
 REPORTS = ("cifar10-16-paper",)  # folders of reports/ with a report.md of the runs in them
 PLANS = {
     "memory": memory_table,
@@ -66,6 +67,10 @@ def render_table(kind: str, words: str) -> str:
         (args,) = HfArgumentParser(PlanArguments).parse_args_into_dataclasses(shlex.split(words))
         return PLANS[plan[1]](options(args))
     file, *choice = words.split()
+    if kind == "reliability" and choice in ([], ["summary"]):
+        counts = read_counts(ROOT / file)
+        head, *body = rows(summed(counts) if choice else counts)
+        return markdown_rows(head, body)
     records = read_records(ROOT / file)
     if (kind, choice) == ("records", ["test"]):
         return markdown_table([record for record in records if record.split == "test"])
@@ -78,7 +83,7 @@ def render_table(kind: str, words: str) -> str:
 
 def render_tables(text: str) -> str:
     """`text` with all its marked tables made anew."""
-    table = r"(<!-- (records|speed|plan \w+): (.*?) -->\n).*?(\n<!-- end -->)"
+    table = r"(<!-- (records|speed|reliability|plan \w+): (.*?) -->\n).*?(\n<!-- end -->)"
     return re.sub(table, lambda found: found[1] + render_table(found[2], found[3]) + found[4], text, flags=re.DOTALL)
 
 

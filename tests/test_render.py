@@ -33,7 +33,7 @@ def test_everything_that_can_be_rendered_is(rendered):
         for kind in re.findall(r"<!-- ([\w ]+):", text):
             marks.setdefault(kind, set()).add(path.relative_to(ROOT).as_posix())
         assert text.count("<!-- end -->") == len(re.findall(r"<!-- [\w ]+:", text)), path
-    assert set(marks) == {"records", "speed", "plan memory", "plan hours", "plan fits"}
+    assert set(marks) == {"records", "speed", "reliability", "plan memory", "plan hours", "plan fits"}
     assert set().union(*marks.values()) <= set(rendered)
     assert marks["speed"] == {"README.md", "docs/speed.md"}
 

@@ -191,7 +191,7 @@ CHANGES = {
     "causal, flips": """
         --learning_rate 0.1 | --weight_decay 0.5 | --adam_beta1 0.5 | --adam_beta2 0.5 | --adam_epsilon 0.001
         --lr_scheduler_type linear | --lr_scheduler_type constant | --warmup_steps 3 | --warmup_epochs 2
-        --per_device_train_batch_size 8 | --per_device_train_batch_size 20 | --gradient_accumulation_steps 2
+        --per_device_train_batch_size 8 | --per_device_train_batch_size 20 | ~ --gradient_accumulation_steps 2
         ~ --gradient_accumulation_steps 2 --per_device_train_batch_size 8
         --bf16 True | --max_grad_norm 0.1 | --max_grad_norm 0 | --data_seed 5 | --seed 2 | --max_steps 8 | --max_steps 5
         --max_steps 3 | --num_train_epochs 7 | --optim sgd | --optim adafactor | --optim_args weight_decay=0.1

@@ -71,6 +71,16 @@ def read_counts(path: Path) -> list[Count]:
     return [Count(**row | {"allowed": tuple(row["allowed"])}) for row in json.loads(path.read_text())["counts"]]
 
 
+def summed(counts: list[Count]) -> list[Count]:
+    """One count for each kind."""
+    sums: dict[str, Count] = {}
+    for count in counts:
+        total = sums.setdefault(count.kind, Count(count.kind, "all", allowed=count.allowed))
+        for name in ("injected", *MEANINGS):
+            setattr(total, name, getattr(total, name) + getattr(count, name))
+    return list(sums.values())
+
+
 def rows(counts: list[Count]) -> list[tuple[str, ...]]:
     """The head of a table, a row for each count, and their sums. What should not be is bold; "–" is none."""
     names = tuple(MEANINGS)

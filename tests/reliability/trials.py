@@ -43,9 +43,9 @@ class Trial:
     @property
     def error(self) -> str | None:
         """The one sentence with which the script refused, if it did and said nothing worse."""
-        line = self.said.rstrip().rsplit("\n", 1)[-1]
-        refused = self.status == 2 and ": error: " in line and "Traceback (most recent call last)" not in self.said
-        return line.partition(": error: ")[2] if refused else None
+        _, mark, sentence = self.said.rpartition(": error: ")
+        refused = self.status == 2 and mark and "Traceback (most recent call last)" not in self.said
+        return " ".join(sentence.split()) if refused else None
 
     @property
     def last_line(self) -> str:
