@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "reliability")]
 
 from outcomes import read_counts, rows, summed
+
 from table import format_table
 
 

@@ -303,7 +303,9 @@ def variables(rng: Rng, folder: Path) -> Any:
         known = {name: file[name] for name in file.files if file[name].dtype.kind == "f"}
     for name in rng.choice(sorted(known), int(rng.integers(0, 3)), replace=False):
         shape = [int(side) for side in rng.integers(0, 5, int(rng.integers(0, 4)))]
-        known[str(name)] = pick(rng, (np.zeros(shape), np.full(known[str(name)].shape, np.nan), known[str(name)][:1]))
+        known[str(name)] = pick(
+            rng, (np.zeros(shape), np.full(known[str(name)].shape, np.nan), np.atleast_1d(known[str(name)])[:1])
+        )
     if rng.random() < 0.3:
         known.pop(str(rng.choice(sorted(known))))
     if rng.random() < 0.2:
