@@ -253,7 +253,7 @@ ABSURD = [
     ({"size": "big"}, "size"),
     ({"size": 8.5}, "size"),
     ({"do_center_crop": True, "crop_size": {"height": 10**6, "width": 1}}, "crop_size: height"),
-    ({"image_std": 0}, "image_std is a positive number, or one for each of 3 channels; found 0"),
+    ({"image_std": 0}, "image_std is a positive number, or one for each channel; found 0"),
     ({"image_std": [0.5, 0.5, 0]}, "image_std"),
     ({"image_std": [0.5, 0.5]}, "image_std"),
     ({"image_std": float("nan")}, "image_std"),

@@ -49,8 +49,8 @@ ImageSize: TypeAlias = Sequence[int] | Mapping[str, int] | SizeDict | int
 
 _NUMBERS = {  # option -> what it is, what it is above
     "rescale_factor": ("a positive number", 0),
-    "image_mean": ("a number, or one for each of 3 channels", -inf),
-    "image_std": ("a positive number, or one for each of 3 channels", 0),
+    "image_mean": ("a number, or one for each channel", -inf),
+    "image_std": ("a positive number, or one for each channel", 0),
 }
 _MISSING_GREY = 128
 _FILTERS = frozenset(PILImageResampling)
@@ -464,7 +464,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
                 )
         elif name in _NUMBERS and value is not None:
             what, least = _NUMBERS[name]
-            is_list = isinstance(value, (list, tuple, np.ndarray)) and len(value) == 3 and name != "rescale_factor"
+            is_list = (
+                isinstance(value, (list, tuple, np.ndarray)) and len(value) in (1, 3, 4) and name != "rescale_factor"
+            )
             for number in value if is_list else [value]:
                 if not (isinstance(number, (int, float, np.number)) and number is not True and least < number < inf):
                     raise ValueError(f"{name} is {what}; found {value!r:.50}.")

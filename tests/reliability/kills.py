@@ -47,7 +47,7 @@ SCENARIOS = {
 }
 # Neither time nor place is part of a run; the state of random generators is proved by what follows from it.
 TIMES = re.compile(r".*(_runtime|_per_second)$|minutes$")
-UNREAD = ("training_args.bin", "rng_state.pth")
+UNREAD = ("training_args.bin", "rng_state.pth", "checksums.json")  # the last: hashes of files with times and paths
 
 
 def prepare(folder: Path) -> None:
