@@ -108,7 +108,6 @@ BESIDE: dict[str, Callable[[Path], object]] = {
     "._run.json": lambda run: (run / "._run.json").write_bytes(b"\0"),
     "a lock that nobody holds": lambda run: (run / ".lock").write_text(""),
     "palette.png deleted": lambda run: (run / "palette.png").unlink(),
-    "samples/ deleted": lambda run: shutil.rmtree(run / "samples", ignore_errors=True),
 }
 
 

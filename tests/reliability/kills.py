@@ -237,7 +237,11 @@ class Remains:
             "equal" if mean[0] == mean[1] else "silent", scenario.name, f"{mean[0]} rather than {mean[1]}"
         )
         names = {path.name for path in last_checkpoint(scenario.folder / "keeping" / "run").iterdir()}
-        parts = [place.name for place in run.glob("checkpoint-*") if {path.name for path in place.iterdir()} < names]
+        parts = [
+            place.name
+            for place in run.glob("checkpoint-*")
+            if place.is_dir() and {path.name for path in place.iterdir()} < names
+        ]
         self.litter.add("silent" if parts else "equal", scenario.name, f"a part of {', '.join(parts)}" if parts else "")
 
 

@@ -134,7 +134,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
     identity = run.get("identity")
     if identity is None:
         raise ValueError(f"{folder} holds a model whose run cannot be continued: give another --output_dir.")
-    if not isinstance(identity, dict) or "arguments" not in run:
+    if not isinstance(identity, dict) or not isinstance(run.get("arguments"), dict):
         raise ValueError(
             f"The run in {folder} was started by an older version of hf_igpt, which did not record its arguments, and cannot "
             "be resumed: finish it with that version, or give another --output_dir."
