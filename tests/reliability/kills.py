@@ -148,7 +148,7 @@ def whole_checkpoints(folder: Path, expected: dict[str, object]) -> list[int]:
 
 def resumed_step(said: str) -> int:
     """The step of the checkpoint that a run continued from; 0: from the beginning."""
-    steps = re.findall(r"[Rr]esum\w+ from \S*checkpoint-(\d+)", said)
+    steps = re.findall(r"(?:[Rr]esum\w+ from|had ended with) \S*checkpoint-(\d+)", said)
     return int(steps[-1]) if steps else 0
 
 

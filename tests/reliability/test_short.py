@@ -25,7 +25,7 @@ def assert_right(counts):
 
 @pytest.mark.parametrize("name", ["causal, flips", "fine-tuning, early stopping"])
 def test_killed_runs_end_as_if_nothing_had_been(trials, tmp_path, name):
-    assert_right(kill_runs(trials, tmp_path, [name], at_events=4, at_random=1, seed=0))
+    assert_right(kill_runs(trials, tmp_path, [name], at_events=2, at_random=1, seed=0))
 
 
 def test_damaged_checkpoints_are_not_continued(trials, tmp_path):

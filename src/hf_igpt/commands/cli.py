@@ -54,11 +54,11 @@ def read_recipe(file: Path, known: set[str]) -> list[str]:
     """
     try:
         recipe = yaml.safe_load(file.read_text())  # JSON is YAML
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"The recipe {file} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {file} does not hold names and values.")
-    if unknown := sorted(set(recipe) - known):
+    if unknown := sorted(str(name) for name in set(recipe) - known):
         raise ValueError(f"{file} has unknown names: {', '.join(unknown)}.")
     flags = []
     for name, value in recipe.items():
