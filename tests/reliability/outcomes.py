@@ -82,7 +82,7 @@ def summed(counts: list[Count]) -> list[Count]:
 
 
 def rows(counts: list[Count]) -> list[tuple[str, ...]]:
-    """The head of a table, a row for each count, and their sums. What should not be is bold; "–" is none."""
+    """The head of a table, a row for each count, and their sums. What should not be has a "✗"; "–" is none."""
     names = tuple(MEANINGS)
     head = ("kind", "what", "injected", *names)
     body = []
@@ -90,7 +90,7 @@ def rows(counts: list[Count]) -> list[tuple[str, ...]]:
         cells = []
         for name in names:
             number = getattr(count, name)
-            cells.append("–" if not number else f"{number:,}" if name in count.allowed else f"**{number:,}**")
+            cells.append("–" if not number else f"{number:,}" if name in count.allowed else f"{number:,} ✗")
         body.append((count.kind, count.what, f"{count.injected:,}", *cells))
     sums = [sum(getattr(count, name) for count in counts) for name in ("injected", *names)]
     return [head, *body, ("all", "", *(f"{number:,}" for number in sums))]

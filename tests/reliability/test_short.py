@@ -61,7 +61,7 @@ def test_counts_and_their_table(tmp_path):
     write_counts(tmp_path / "counts.json", {}, [count])
     assert read_counts(tmp_path / "counts.json") == [count]
     _, row, _, total = rows([count, count])
-    assert row == ("kills", "a scenario", "5", "1", "1", "**2**", "–", "**1**") and total[2:] == (
+    assert row == ("kills", "a scenario", "5", "1", "1", "2 ✗", "–", "1 ✗") and total[2:] == (
         "10",
         "2",
         "2",
