@@ -133,7 +133,7 @@ def differences(expected: dict[str, object], found: dict[str, object], left: boo
 
 
 def whole_checkpoints(folder: Path, expected: dict[str, object]) -> list[int]:
-    """The steps of the checkpoints in a killed run's folder that are all there, by a run that kept all of its own."""
+    """The steps of the checkpoints in a killed run's folder that are sealed and all there, by a run that kept all of its own."""
     steps = []
     for place in folder.glob("checkpoint-*"):
         names = {name for name in expected if name.startswith(f"{place.name}/")}
@@ -141,7 +141,7 @@ def whole_checkpoints(folder: Path, expected: dict[str, object]) -> list[int]:
             found = {f"{place.name}/{name}": value for name, value in contents(place).items()}
         except Exception:  # whatever a torn file is read as
             continue
-        if names and all(found.get(name) == expected[name] for name in names):
+        if (place / "checksums.json").is_file() and names and all(found.get(name) == expected[name] for name in names):
             steps.append(int(place.name.split("-")[1]))
     return steps
 
