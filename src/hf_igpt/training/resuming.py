@@ -114,7 +114,8 @@ def find_damage_or_best(checkpoint: Path, with_best: bool) -> str | None:
         place = find_best(checkpoint, best)
         if best and place is None:
             return f"the best checkpoint, {best}, is not there"
-        return find_damage(place) if place else None
+        if place and place.resolve() != checkpoint.resolve():  # which is whole, and large
+            return find_damage(place)
     return damage
 
 
