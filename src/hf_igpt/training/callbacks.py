@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_utils import PreTrainedModel
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import has_length
 
 from ..data import ImageTokens
 from ..evaluation.metrics import BITS_PER_NAT
 from ..evaluation.records import save_picture
+from .checkpoints import checkpoint_of
 
 
 def log_main(text: str) -> None:
@@ -125,9 +126,8 @@ class AverageWeights(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.should_save:
-            folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             weights = {name: weight.detach().cpu().contiguous() for name, weight in self.weights.items()}
-            save_file(weights, folder / self.FILE)
+            save_file(weights, checkpoint_of(args, state) / self.FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -285,7 +285,6 @@ class PushCheckpoints(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             try:
-                folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-                self.push(folder, f"Training in progress, step {state.global_step}")
+                self.push(checkpoint_of(args, state), f"Training in progress, step {state.global_step}")
             except Exception as error:  # the Hub's transport errors have no common class across its versions
                 tqdm.write(f"Not pushed: {type(error).__name__}: {error}")

@@ -30,6 +30,11 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
 
 
+def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the checkpoint that `Trainer` saves at the present step."""
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
 def step_of(checkpoint: Path) -> int:
     """The step after which a checkpoint was saved."""
     return int(checkpoint.name.split("-")[1])
@@ -85,10 +90,10 @@ class SealCheckpoints(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
         if args.should_save:
-            run = Path(str(args.output_dir))
-            seal_checkpoint(run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            checkpoint = checkpoint_of(args, state)
+            seal_checkpoint(checkpoint)
             if self.limit:
-                delete_old(run, state, self.limit)
+                delete_old(checkpoint.parent, state, self.limit)
 
 
 def delete_old(run: Path, state: TrainerState, limit: int) -> None:
