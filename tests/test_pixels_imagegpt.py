@@ -19,7 +19,7 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging as transformers_logging
 
 from hf_igpt import pixels_imagegpt
-from hf_igpt.pixels_imagegpt import convert_to_rgb, crop_to_square, open_image, reduce_depth, to_pixels, to_rgb_image
+from hf_igpt.pixels_imagegpt import convert_to_rgb, crop_to_proportions, open_image, reduce_depth, to_pixels, to_rgb_image
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -133,9 +133,9 @@ def test_the_square_is_central_and_the_largest(height, width):
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     expected = image[:, top : top + side, left : left + side]
-    assert np.array_equal(crop_to_square(image), expected)
-    assert torch.equal(crop_to_square(torch.tensor(image)), torch.tensor(expected))
-    assert np.array_equal(np.asarray(crop_to_square(Image.fromarray(image[0]))), expected[0])
+    assert np.array_equal(crop_to_proportions(image, (8, 8)), expected)
+    assert torch.equal(crop_to_proportions(torch.tensor(image), (8, 8)), torch.tensor(expected))
+    assert np.array_equal(np.asarray(crop_to_proportions(Image.fromarray(image[0]), (8, 8))), expected[0])
 
 
 def test_files_are_turned_upright_and_keep_their_mode(tmp_path):

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -214,22 +214,25 @@ class ImageGPTConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(
-        cls, size: str, *, image_size: int = IMAGE_SIZE, n_colors: int = N_COLORS, **overrides: Any
+        cls, size: str, *, image_size: int | Sequence[int] = IMAGE_SIZE, n_colors: int = N_COLORS, **overrides: Any
     ) -> "ImageGPTConfig":
         """Make the configuration for one of the paper's sizes ("s", "m", "l", "xl") or of this package's ("tiny", "xs").
 
-        image_size: height = width in pixels, so N = image_size². n_colors: K. `overrides` are fields of the
-        configuration. The model has no biases and no dropout, is initialised as in OpenAI's code (src/model.py), and has
-        SOS as `bos_token_id`. An unknown size is a ValueError.
+        image_size: (height, width) in pixels, or one number for a square; N is their product. n_colors: K. `overrides` are
+        fields of the configuration. The model has no biases and no dropout, is initialised as in OpenAI's code
+        (src/model.py), and has SOS as `bos_token_id`. An unknown size is a ValueError.
         """
         if size not in SIZES:
             raise ValueError(f"No preset {size!r}: the sizes are {', '.join(SIZES)}.")
         shape = SIZES[size]
+        sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+            raise ValueError(f"image_size is a number of pixels, or (height, width); found {image_size!r:.50}.")
         fields: dict[str, Any] = {
             "n_layer": shape.n_layer,
             "n_embd": shape.n_embd,
             "n_head": shape.n_head,
-            "n_positions": image_size * image_size,
+            "n_positions": sides[0] * sides[1],
             "vocab_size": n_colors + 1,
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,

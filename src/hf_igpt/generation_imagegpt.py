@@ -31,7 +31,7 @@ from .features_imagegpt import evaluation_mode
 from .image_processing_imagegpt import AnyImageProcessor
 from .inputs_imagegpt import as_tokens, check_tokens
 from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
-from .pixels_imagegpt import AnyImage, ImageSource, crop_to_square, open_image, size_of
+from .pixels_imagegpt import AnyImage, ImageSource, crop_to_proportions, open_image, size_of
 from .presets import INPAINTING_PARTICLES, INPAINTING_ROUNDS
 
 
@@ -185,12 +185,12 @@ def find_hidden(processor: AnyImageProcessor, mask: MaskSource, size: tuple[int,
         hides = _hide_box(mask, whole)
     if hides.shape != grid:
         if hides.shape != whole:
-            sizes = f"{grid[1]}x{grid[0]}" + ("" if whole == grid else f" or {whole[1]}x{whole[0]}")
-            raise ValueError(f"The mask has shape {hides.shape}; the image has {sizes} pixels (width x height).")
+            sizes = f"{grid[0]}x{grid[1]}" + ("" if whole == grid else f" or {whole[0]}x{whole[1]}")
+            raise ValueError(f"The mask has shape {hides.shape}; the image has {sizes} pixels (height x width).")
         if processor.do_center_crop:
             if processor.crop_size not in (None, processor.size):
-                raise ValueError(f"This processor crops after resizing: give a mask of {grid[1]}x{grid[0]} pixels.")
-            hides = np.asarray(crop_to_square(hides))
+                raise ValueError(f"This processor crops after resizing: give a mask of {grid[0]}x{grid[1]} pixels.")
+            hides = np.asarray(crop_to_proportions(hides, grid))
         hides = _shrink(hides, grid)
     if hides.all() or not hides.any():
         what = (

@@ -31,7 +31,7 @@ from .pixels_imagegpt import (
     AnyImage,
     ImageSource,
     convert_to_rgb,
-    crop_to_square,
+    crop_to_proportions,
     find_layout,
     is_eight_bit,
     is_floating,
@@ -105,7 +105,7 @@ class _ColorQuantization(BaseImageProcessor):
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         options = dict(image_processor_dict)
         if options.get("do_center_crop") and options.get("crop_size") == options.get("size"):
-            options["crop_size"] = None  # the largest square, for which `to_dict` writes the size
+            options["crop_size"] = None  # the largest window, for which `to_dict` writes the size
         return super().from_dict(options, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class _ColorQuantization(BaseImageProcessor):
     ) -> None:
         if resample not in _FILTERS:
             _check_options({"resample": resample})
-        # Without a crop size the crop is the largest square, so transformers' check, which requires one, is left out.
+        # Without a crop size the crop is the largest window, so transformers' check, which requires one, is left out.
         do_center_crop = do_center_crop and crop_size is not None
         super()._validate_preprocess_kwargs(
             do_center_crop=do_center_crop, crop_size=crop_size, resample=resample, **kwargs
@@ -219,8 +219,8 @@ class _ColorQuantization(BaseImageProcessor):
     ) -> BatchFeature:
         """Crop, resize and quantise the results of `process_image`: `input_ids` (B, N) int64, or `pixel_values`.
 
-        The largest central square is cropped before resizing. If `crop_size` differs from `size`, the order and meaning
-        are transformers': resize, then crop to `crop_size`.
+        The largest central window of the proportions of `size`, a square if these are equal, is cropped before resizing. If
+        `crop_size` differs from `size`, the order and meaning are transformers': resize, then crop to `crop_size`.
         """
         if do_rescale and any(_looks_rescaled(image) for image in images):
             logger.warning_once(
@@ -228,10 +228,11 @@ class _ColorQuantization(BaseImageProcessor):
                 "Pass do_rescale=False, or 8-bit images."
             )
         crop_first = do_center_crop and (crop_size is None or crop_size == size)
+        proportions = (size.height or 1, size.width or 1)
         sized = []
         for image in images:
             if crop_first:
-                image = crop_to_square(image)
+                image = crop_to_proportions(image, proportions)
             if do_resize:
                 image = self.resize(image, size, resample)  # type: ignore[attr-defined]  # a method of both backends
             if do_center_crop and not crop_first:
@@ -386,9 +387,9 @@ class ImageGPTImageProcessorPil(_ColorQuantization, PilBackend):  # type: ignore
     Images are turned upright by their EXIF tag, transparency is composited onto white, 16-bit images are scaled to 8 bits,
     and more pixels than `PIL.Image.MAX_IMAGE_PIXELS` are a ValueError: `pixels_imagegpt` says what every image becomes.
 
-    clusters: the palette, (K, 3) RGB colours in [-1, 1]. size: the token grid, 32x32 by default. do_center_crop: crop
-    the largest central square before resizing, so that photos keep their proportions (False by default, as in
-    transformers). The other options are those of transformers' own ImageGPT processors. A palette of the wrong shape or
+    clusters: the palette, (K, 3) RGB colours in [-1, 1]. size: the token grid, height x width, 32x32 by default.
+    do_center_crop: crop the largest central window of the grid's proportions (of a square grid: the largest square) before
+    resizing, so that photos keep theirs (False by default, as in transformers). The other options are those of transformers' own ImageGPT processors. A palette of the wrong shape or
     range, and an empty or unreadable image (named by index or path), are a ValueError.
     """
 

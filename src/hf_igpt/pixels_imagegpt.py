@@ -200,19 +200,19 @@ def convert_to_rgb(image: AnyImage, layout: ChannelDimension | str | None = None
     return _convert_pil_to_rgb(image) if isinstance(image, Image.Image) else _convert_array_to_rgb(image, layout)
 
 
-def crop_to_square(image: AnyImage) -> AnyImage:
-    """Crop a PIL image or an array (..., H, W) to its largest central square.
+def crop_to_proportions(image: AnyImage, grid: tuple[int, int]) -> AnyImage:
+    """Crop a PIL image or an array (..., H, W) to its largest central window of the proportions of `grid`, (height, width).
 
-    An odd margin leaves its extra pixel at the bottom or right.
+    Of a square grid that is the largest central square. An odd margin leaves its extra pixel at the bottom or right.
     """
     width, height = image.size if isinstance(image, Image.Image) else image.shape[:-3:-1]
-    if width == height:
+    tall, wide = max(1, min(height, width * grid[0] // grid[1])), max(1, min(width, height * grid[1] // grid[0]))
+    if (tall, wide) == (height, width):
         return image
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    top, left = (height - tall) // 2, (width - wide) // 2
     if isinstance(image, Image.Image):
-        return image.crop((left, top, left + side, top + side))
-    return image[..., top : top + side, left : left + side]
+        return image.crop((left, top, left + wide, top + tall))
+    return image[..., top : top + tall, left : left + wide]
 
 
 def _reduce_pil_depth(image: Image.Image) -> Image.Image:

@@ -68,7 +68,7 @@ class Size:
     max_steps: int | None = None
     num_epochs: float | None = None
 
-    def learning_rate_for(self, objective: str, image_size: int) -> float:
+    def learning_rate_for(self, objective: str, image_size: float) -> float:
         """The learning rate for `objective` at the published image size that is nearest to `image_size` (pixels)."""
         rows = {size: rate for (name, size), rate in self.learning_rate.items() if name == objective}
         return rows[min(rows, key=lambda size: abs(size - image_size))]

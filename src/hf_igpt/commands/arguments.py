@@ -5,7 +5,7 @@ Importing this module loads nothing heavy, so that flags can be printed at once.
 
 from dataclasses import dataclass, field
 
-from ..data.arguments import check_numbers
+from ..data.arguments import IMAGE_SIZE_HELP, check_numbers, name_image_size, parse_image_size
 from ..presets import (
     EVALUATION_MASKS,
     INPAINTING_PARTICLES,
@@ -247,8 +247,8 @@ class PlanArguments:
             "choices": ["causal", "masked"],
         },
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Height = width in pixels. Default: of the paper's recipe, 64 for xl, else 32."}
+    image_size: int | str | None = field(
+        default=None, metadata={"help": f"{IMAGE_SIZE_HELP} Default: of the paper's recipe, 64 for xl, else 32."}
     )
     num_colors: int = field(default=N_COLORS, metadata={"help": "Colours K of the palette."})
     images: float | None = field(
@@ -281,8 +281,9 @@ class PlanArguments:
         for size in self.size:
             if size not in SIZES:
                 raise ValueError(f"No preset {size!r}: the sizes are {', '.join(SIZES)}.")
+        if self.image_size is not None:
+            self.image_size = name_image_size(parse_image_size(self.image_size))
         counts = (
-            "image_size",
             "num_colors",
             "images",
             "max_steps",

@@ -38,7 +38,7 @@ def fit_clusters(args: ClustersArguments, data_args: DataArguments) -> list[Reco
             n=len(images.splits["validation"]),
             seed=args.seed,
             dataset=images.name,
-            image_size=(images.image_size, images.image_size),
+            image_size=images.image_size,
             colors=len(palette),
             checkpoint=Path(args.palette).name if args.palette else None,
         )

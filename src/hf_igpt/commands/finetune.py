@@ -1,5 +1,6 @@
 """`scripts/run_finetune.py`: fine-tune an Image GPT to classify images."""
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,7 +62,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     masked = model.config.objective == "masked"
     validation, train, test = images.rows("validation", masked), images.training_rows(masked), images.tokens("test")
     rate = 1.0 if config is None else FINETUNING_RATE
-    args.resolve(size, model.config.objective, processor.token_grid()[0], len(train), rate)
+    args.resolve(size, model.config.objective, math.sqrt(model.config.n_positions), len(train), rate)
     if checkpoint:
         resuming.check_same_arguments(checkpoint, args, images.is_stream)
     runs.write_run(args, model_args, images, model, len(train), checkpoint)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration_imagegpt import ImageGPTConfig
+from ..data.arguments import name_image_size, parse_image_size
 from ..evaluation.records import describe_model, read_records, whole_file
 from ..presets import SIZES
 from ..training.costs import (
@@ -28,12 +29,12 @@ USABLE = 0.9  # ours, of a device's memory: its context, libraries' workspaces a
 class Plan:
     """One way of training one size. `memory` is of `micro_batch` images; None where something was not asked for.
 
-    flops: model FLOPs of the whole training. largest_micro_batch: the largest that fits and shares the batch evenly, 0
+    image_size: as `--image_size` takes it, 32 or "32x16". flops: model FLOPs of the whole training. largest_micro_batch: the largest that fits and shares the batch evenly, 0
     if not even one image fits. hours: of training alone, without evaluation, checkpoints and waiting for data.
     """
 
     size: str
-    image_size: int
+    image_size: int | str
     devices: int
     sharded: bool
     checkpointing: bool
@@ -57,7 +58,7 @@ def plan(args: PlanArguments) -> list[Plan]:
         config, first = make_config(args, size), next(option for option in plans if option.size == size)
         epochs = "" if first.epochs is None else f" ({first.epochs:.4g} epochs)"
         print(
-            f"{size}, {config.objective}, {first.image_size}x{first.image_size}, {args.num_colors} colours: "
+            f"{size}, {config.objective}, {'x'.join(map(str, parse_image_size(first.image_size)))}, {args.num_colors} colours: "
             f"{measure_weights(config.to_json_string())[0] // 4:,} parameters, {first.steps:,} steps of {first.batch_size} images{epochs}, "
             f"{training_flops(config) / 1e12:.4g} TFLOP an image, {first.flops / 86400e15:.4g} petaflop/s-days"
             + (f"; {sources[size]}" if sources[size] else "")
@@ -151,11 +152,15 @@ def name_layout(option: Plan) -> str:
     return "sharded" if option.sharded else "replicated"
 
 
+def choose_grid(args: PlanArguments, size: str) -> tuple[int, int]:
+    """(height, width): the given --image_size, or that of the size's recipe."""
+    published = min(pixels for objective, pixels in SIZES[size].learning_rate if objective == args.objective)
+    return parse_image_size(args.image_size or published)
+
+
 def make_config(args: PlanArguments, size: str) -> ImageGPTConfig:
-    image_size = args.image_size
-    if image_size is None:
-        image_size = min(pixels for objective, pixels in SIZES[size].learning_rate if objective == args.objective)
-    return ImageGPTConfig.from_preset(size, image_size=image_size, n_colors=args.num_colors, objective=args.objective)
+    grid = choose_grid(args, size)
+    return ImageGPTConfig.from_preset(size, image_size=grid, n_colors=args.num_colors, objective=args.objective)
 
 
 def share_batch(args: PlanArguments, size: str) -> tuple[int, int, int, float | None]:
@@ -210,7 +215,7 @@ def list_plans_of(args: PlanArguments, size: str) -> list[Plan]:
         plans.append(
             Plan(
                 size=size,
-                image_size=math.isqrt(config.n_positions),
+                image_size=name_image_size(choose_grid(args, size)),
                 devices=args.devices,
                 sharded=sharded,
                 checkpointing=checkpointing,
@@ -246,7 +251,7 @@ def read_throughput(args: PlanArguments, size: str, file: str) -> tuple[float, s
     `training_flops`, of any model.
     """
     config, precision = make_config(args, size), "bfloat16 autocast" if args.bf16 else "float32"
-    side = math.isqrt(config.n_positions)
+    grid = choose_grid(args, size)
     rates = []
     try:
         records = read_records(file)
@@ -256,7 +261,7 @@ def read_throughput(args: PlanArguments, size: str, file: str) -> tuple[float, s
         ) from error
     for record in records:
         model = (record.size, record.image_size, record.objective or "causal")
-        wanted = (size, (side, side), config.objective)
+        wanted = (size, grid, config.objective)
         speed = record.metric == "tflops_per_second" or (record.metric == "images_per_second" and model == wanted)
         if not speed or (record.precision or precision) != precision:
             continue
@@ -278,7 +283,7 @@ def read_throughput(args: PlanArguments, size: str, file: str) -> tuple[float, s
             rates.append((record.value * 1e12 * recomputed / training_flops(config), record))
     if not rates:
         raise ValueError(
-            f"{args.records} has no images_per_second of {size} at {math.isqrt(config.n_positions)} pixels, {config.objective}, "
+            f"{args.records} has no images_per_second of {size} at {name_image_size(grid)} pixels, {config.objective}, "
             f"{precision}, nor tflops_per_second: measure one, or give --tflops."
         )
     rate, record = max(rates, key=lambda pair: pair[0])

@@ -65,7 +65,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     held_out = images.rows("validation", masked)
     train = images.training_rows(masked)
     n_images = None if images.is_stream else len(train)
-    args.resolve(args.size, model.config.objective, processor.token_grid()[0], n_images)
+    args.resolve(args.size, model.config.objective, math.sqrt(model.config.n_positions), n_images)
     if checkpoint:
         resuming.check_same_arguments(checkpoint, args, images.is_stream)
     runs.write_run(args, model_args, images, model, n_images, checkpoint)

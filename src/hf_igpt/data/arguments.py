@@ -1,7 +1,8 @@
 """The arguments that name images. Importing this module loads nothing heavy, so that flags can be printed at once."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,27 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "at least 0 and below 1": lambda number: 0 <= number < 1,
     "from 0 to 4294967295": lambda number: 0 <= number < 2**32,  # the seeds that numpy takes
     f"from 1 to {MAX_COLORS}": lambda number: 1 <= number <= MAX_COLORS,
-    f"from 1 to {MAX_SIDE}": lambda number: 1 <= number <= MAX_SIDE,
     "any number": lambda number: True,
 }
 SEEDS = ("seed", "data_seed", "split_seed")
+IMAGE_SIZE_HELP = "Height x width in pixels, 32x16 for example, or one number for a square."
+
+
+def parse_image_size(size: int | str | Sequence[int]) -> tuple[int, int]:
+    """The (height, width) that `--image_size` says: "32x16", (32, 16), or one number for a square. Other values: ValueError."""
+    text = "x".join(map(str, size)) if isinstance(size, (tuple, list)) else str(size)
+    found = re.fullmatch(r"([0-9]{1,4})(?:x([0-9]{1,4}))?", text)
+    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not all(1 <= side <= MAX_SIDE for side in sides):
+        raise ValueError(
+            f"--image_size is a whole number from 1 to {MAX_SIDE}, or two of them, height x width, such as 32x16; found {text:.50}."
+        )
+    return sides
+
+
+def name_image_size(size: tuple[int, int]) -> int | str:
+    """The shortest form of (height, width) that `parse_image_size` reads: 32, or "32x16"."""
+    return size[0] if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def check_numbers(arguments: Any, ranges: dict[str, tuple[str, ...]]) -> None:
@@ -81,20 +99,21 @@ class DataArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Stream the images instead of downloading them; requires --max_steps."}
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Height = width of the token grid in pixels. Default: 32; 8 for the digits."}
+    image_size: int | str | None = field(
+        default=None, metadata={"help": f"The token grid. {IMAGE_SIZE_HELP} Default: 32; 8 for the digits."}
     )
     center_crop: bool | None = field(
         default=None,
         metadata={
-            "help": "Crop the largest central square before resizing, so that images keep their proportions. Default: the "
-            "setting of the given image processor, or true."
+            "help": "Crop the largest central window of the grid's proportions before resizing, so that images keep theirs. "
+            "Default: the setting of the given image processor, or true."
         },
     )
     random_crop: bool = field(
         default=False,
         metadata={
-            "help": "Augment with the paper's ImageNet crops: shorter side drawn from 256..384, random 224 x 224 crop."
+            "help": "Augment with the paper's ImageNet crops: shorter side drawn from 256..384, random 224 x 224 crop, or of "
+            "the grid's proportions within it."
         },
     )
     random_flip: bool = field(
@@ -119,11 +138,12 @@ class DataArguments:
     data_cache_dir: str | None = field(default=None, metadata={"help": "Folder in which `datasets` keeps its cache."})
 
     def __post_init__(self) -> None:
+        if self.image_size is not None:  # one form of each size, which runs that are resumed compare
+            self.image_size = name_image_size(parse_image_size(self.image_size))
         check_numbers(
             self,
             {
                 "at least 1": ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"),
-                f"from 1 to {MAX_SIDE}": ("image_size",),
                 "between 0 and 1": ("train_val_split",),
             },
         )

@@ -105,14 +105,15 @@ def report_bad_images(reasons: list[str], n_images: int) -> None:
         raise ValueError(f"None of the {n_images} images can be read; the first: {reasons[0]}")
 
 
-def random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def random_crop(image: Image.Image, rng: np.random.Generator, grid: tuple[int, int] = (1, 1)) -> Image.Image:
     """Crop an RGB image as in the paper [V2 3.1].
 
-    Its shorter side is resized to 256..384 pixels, then a 224 x 224 window is cut out, both drawn uniformly.
+    Its shorter side is resized to 256..384 pixels, then a 224 x 224 window is cut out, both drawn uniformly. Where the
+    proportions of `grid`, (height, width), are other than a square's, the window has them and 224 pixels as its longer side.
     """
     shorter = int(rng.integers(CROP_SHORTER_SIDE[0], CROP_SHORTER_SIDE[1] + 1))
     scale = shorter / min(image.size)
     width, height = (max(CROP_SIZE, round(side * scale)) for side in image.size)
-    left, top = (int(rng.integers(0, side - CROP_SIZE + 1)) for side in (width, height))
-    window = (left, top, left + CROP_SIZE, top + CROP_SIZE)
-    return image.resize((width, height), Image.Resampling.BILINEAR).crop(window)
+    tall, wide = (max(1, round(CROP_SIZE * side / max(grid))) for side in grid)
+    left, top = int(rng.integers(0, width - wide + 1)), int(rng.integers(0, height - tall + 1))
+    return image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + wide, top + tall))

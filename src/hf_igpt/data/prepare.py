@@ -3,6 +3,7 @@
 This module also reads saved image processors, and samples the pixels that a palette is fitted to.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,9 +19,14 @@ from transformers.image_utils import SizeDict
 
 from .. import clusters
 from ..configuration_imagegpt import ImageGPTConfig
-from ..image_processing_imagegpt import AnyImageProcessor, ImageGPTImageProcessorPil, InstalledProcessor
+from ..image_processing_imagegpt import (
+    AnyImageProcessor,
+    ImageGPTImageProcessorPil,
+    ImageSize,
+    InstalledProcessor,
+)
 from ..presets import DIGITS_IMAGE_SIZE, DIGITS_N_COLORS, IMAGE_SIZE, N_COLORS, PALETTE_PIXELS
-from .arguments import DataArguments
+from .arguments import DataArguments, parse_image_size
 from .images import read_images, report_bad_images
 from .sources import IMAGE, LABEL, AnyDataset, Splits, load_images, load_labelled_images
 from .tokens import (
@@ -93,8 +99,8 @@ class TrainingImages:
         return self.splits["train"].features[LABEL].names
 
     @property
-    def image_size(self) -> int:
-        """Height = width of the images, in pixels, unless their processor has another size."""
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images, in pixels, unless their processor has another size."""
         return choose_image_size(self._args)
 
     def recipe(self, n_training_images: int | None) -> dict[str, Any]:
@@ -235,15 +241,15 @@ def log_distortion(palette: np.ndarray, lost: dict[str, float], what: str) -> No
     tqdm.write(f"Palette: {len(palette)} colours; on {what}: {rmse:.3f} grey levels RMSE, {psnr:.2f} dB PSNR")
 
 
-def choose_image_size(args: DataArguments) -> int:
-    """Return height = width, in pixels: the given --image_size, or the default for the source."""
-    return args.image_size or (DIGITS_IMAGE_SIZE if args.is_embedded else IMAGE_SIZE)
+def choose_image_size(args: DataArguments) -> tuple[int, int]:
+    """Return (height, width), in pixels: the given --image_size, or the default for the source."""
+    return parse_image_size(args.image_size or (DIGITS_IMAGE_SIZE if args.is_embedded else IMAGE_SIZE))
 
 
 def _make_processor(palette: np.ndarray, args: DataArguments) -> AnyImageProcessor:
-    side = choose_image_size(args)
+    height, width = choose_image_size(args)
     return InstalledProcessor(
-        clusters=palette, size={"height": side, "width": side}, do_center_crop=args.center_crop is not False
+        clusters=palette, size={"height": height, "width": width}, do_center_crop=args.center_crop is not False
     )
 
 
@@ -257,7 +263,15 @@ def load_processor(name: str, args: DataArguments, hub_source: dict[str, Any] | 
         return _make_processor(clusters.load_palette(name), args)
     processor = read_processor(name, **(hub_source or {}))
     if args.image_size:
-        processor.size = SizeDict(height=args.image_size, width=args.image_size)
+        height, width = choose_image_size(args)
+        own = processor.size.get("height"), processor.size.get("width")
+        if own != (height, width) and None not in own and math.prod(own) == height * width:
+            raise ValueError(
+                f"--image_size {height}x{width}: the image processor of {name} makes images of {own[0]}x{own[1]}, which have as many "
+                "pixels, so that its model would take one for the other: leave it out. Of a processor that only lends its palette, "
+                "name the palette's file (.npy, .json)."
+            )
+        processor.size = SizeDict(height=height, width=width)
     if args.center_crop is not None:
         processor.do_center_crop = args.center_crop
     return processor
@@ -285,7 +299,7 @@ def processor_of(model_name: str, config: ImageGPTConfig) -> AnyImageProcessor:
 def sample_pixels(
     dataset: AnyDataset,
     n_pixels: int,
-    image_size: int,
+    image_size: ImageSize,
     center_crop: bool = True,
     seed: int = 0,
     on_bad_image: str = "error",
@@ -299,7 +313,7 @@ def sample_pixels(
         dataset = datasets.Dataset.from_list(list(rows), features=dataset.features)
     resize = ImageGPTImageProcessorPil(size=image_size, do_center_crop=center_crop)
     rng = np.random.default_rng(seed)
-    per_image = min(image_size * image_size, -(-n_pixels // len(dataset)))
+    per_image = min(math.prod(resize.token_grid()), -(-n_pixels // len(dataset)))
     sampled: list[np.ndarray] = []
     bad: list[str] = []
     for start in tqdm(range(0, len(dataset), BATCH), desc="Sampling pixels", unit="batch", leave=False, disable=None):

@@ -177,7 +177,7 @@ class ImageTokens(torch.utils.data.Dataset[Row]):
         self.processor, self.random_crop, self.random_flip = processor, random_crop, random_flip
         self.pad_crop, self.masked, self.seed = pad_crop, masked, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
-        self.width = processor.token_grid()[1]
+        self.grid = processor.token_grid()
         self.labels = np.asarray(dataset[LABEL]) if LABEL in dataset.column_names else None
         self.dataset = dataset if random_crop else dataset.with_format("numpy", columns=[TOKENS], dtype=np.uint16)
 
@@ -199,17 +199,17 @@ class ImageTokens(torch.utils.data.Dataset[Row]):
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
         if self.random_crop:
             cells = self.dataset[indices][IMAGE]
-            crop = lambda image, index: random_crop(image, self._rng(index))  # noqa: E731
+            crop = lambda image, index: random_crop(image, self._rng(index), self.grid)  # noqa: E731
             tokens = np.stack(tokenize_cells(self.processor, cells, indices, "error", then=crop)[0])
         else:
             tokens = np.asarray(self.dataset[indices][TOKENS])  # (B, N)
         if self.pad_crop:
             tokens = np.stack(
-                [_pad_and_crop(row, self.width, self._rng(i, 2)) for row, i in zip(tokens, indices, strict=True)]
+                [_pad_and_crop(row, self.grid, self._rng(i, 2)) for row, i in zip(tokens, indices, strict=True)]
             )
         if self.random_flip:
             flip = np.array([self._rng(index, 1).random() < 0.5 for index in indices])
-            tokens = _mirror(tokens, self.width, flip)
+            tokens = _mirror(tokens, self.grid[1], flip)
         rows: list[Row] = [{TOKENS: row} for row in tokens]
         for row, index in zip(rows, indices, strict=True):
             if self.labels is not None:
@@ -228,13 +228,15 @@ def _mirror(tokens: np.ndarray, width: int, which: np.ndarray) -> np.ndarray:
     return np.where(which[:, None, None], grid[:, :, ::-1], grid).reshape(tokens.shape)
 
 
-def _pad_and_crop(tokens: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Add a border of reflected pixels to an image of tokens (N,), and cut out a random window of its old size [V2 3.1]."""
-    grid = tokens.reshape(-1, width)
-    border = max(1, round(PAD_CROP_PIXELS * width / IMAGE_SIZE))
+def _pad_and_crop(tokens: np.ndarray, grid: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Add a border of reflected pixels to an image of tokens (N,), and cut out a random window of its old size [V2 3.1].
+
+    The border is as wide in proportion to the shorter side of `grid`, (height, width), as the paper's.
+    """
+    border = max(1, round(PAD_CROP_PIXELS * min(grid) / IMAGE_SIZE))
     top, left = rng.integers(0, 2 * border + 1, size=2)
-    padded = np.pad(grid, border, mode="reflect")
-    return padded[top : top + len(grid), left : left + width].reshape(-1)
+    padded = np.pad(tokens.reshape(grid), border, mode="reflect")
+    return padded[top : top + grid[0], left : left + grid[1]].reshape(-1)
 
 
 def drop_unreadable(dataset: datasets.Dataset, num_proc: int | None = None) -> datasets.Dataset:
@@ -277,12 +279,12 @@ def stream_tokens(
     Random draws depend only on the seed, the process, the `DataLoader`'s worker and the position in its stream, so a resumed
     run, which reads the stream from its beginning, draws the same.
     """
-    width = processor.token_grid()[1]
+    grid = processor.token_grid()
 
     def to_tokens(batch: dict[str, Any], indices: list[int]) -> dict[str, Any]:
         worker = torch.utils.data.get_worker_info()
         rng = np.random.default_rng((seed, process, worker.id if worker else 0, indices[0]))
-        crop = {"then": lambda image, index: random_crop(image, rng)} if args.random_crop else {}
+        crop = {"then": lambda image, index: random_crop(image, rng, grid)} if args.random_crop else {}
         found, reasons = tokenize_cells(processor, batch[IMAGE], indices, args.on_bad_image, **crop)
         for reason in filter(None, reasons):
             tqdm.write(f"Left out {reason}")
@@ -290,7 +292,7 @@ def stream_tokens(
             return {TOKENS: []} | ({MASK: []} if masked else {})
         tokens = np.stack(found)
         if args.random_flip:
-            tokens = _mirror(tokens, width, rng.random(len(tokens)) < 0.5)
+            tokens = _mirror(tokens, grid[1], rng.random(len(tokens)) < 0.5)
         masks = {MASK: list(rng.random(tokens.shape) < MASK_PROBABILITY)} if masked else {}
         return {TOKENS: list(tokens)} | masks
 

@@ -49,7 +49,7 @@ def render_card(
 ) -> str:
     """The card as Markdown with metadata.
 
-    grid: (height, width) of the images; crops: whether they are central squares of what is given. recipe: what `run.json`
+    grid: (height, width) of the images; crops: whether they are central windows of what is given. recipe: what `run.json`
     says of how the model was made. records: what was measured; OpenAI's figures are added if the weights are theirs.
     pictures: caption -> file in `folder`, which also holds `palette.png` unless `palette_picture` is False.
     """

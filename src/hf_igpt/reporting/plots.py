@@ -80,8 +80,10 @@ def square_grid(images: list[Image.Image]) -> Image.Image:
 
 def completions_picture(rows: list[list[Image.Image]]) -> Image.Image:
     """`image_grid` of rows [original, given part, completion, …] with the columns named above."""
-    n_columns = len(rows[0])
-    with _figure(len(rows), n_columns, figsize=(n_columns, len(rows) + 0.3), squeeze=False) as (figure, axes):
+    n_columns, (width, height) = len(rows[0]), rows[0][0].size
+    wide, high = (side / max(height, width) for side in (width, height))  # inches
+    size = (max(3, n_columns * wide), len(rows) * high + 0.3)
+    with _figure(len(rows), n_columns, figsize=size, squeeze=False) as (figure, axes):
         titles = ["original", "given", "completions"]
         for axis, title in zip(axes[0], titles, strict=False):
             axis.set_title(title, fontsize=9)

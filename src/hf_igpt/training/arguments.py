@@ -280,10 +280,10 @@ class RecipeArguments(TrainingArguments):
         """Return the optimiser steps of an epoch; the last may have fewer images, unless --dataloader_drop_last."""
         return count_steps(self, n_images)
 
-    def resolve(self, size: str, objective: str, image_size: int, n_images: int | None, rate: float = 1.0) -> None:
+    def resolve(self, size: str, objective: str, image_size: float, n_images: int | None, rate: float = 1.0) -> None:
         """Fill in the defaults that depend on the model and its images. Called once, before the Trainer is built.
 
-        size: the preset whose recipe to use. n_images: the number of training images, None for a stream. rate: the default
+        size: the preset whose recipe to use. image_size: the side, in pixels, of a square of as many pixels. n_images: the number of training images, None for a stream. rate: the default
         learning rate as a fraction of the preset's. Fractions of training become steps, which is what checkpoints record.
         A stream without --max_steps is a ValueError.
         """

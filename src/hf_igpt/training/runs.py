@@ -20,7 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from ..configuration_imagegpt import ImageGPTConfig
-from ..data import ImageTokens, TrainingImages
+from ..data import ImageTokens, TrainingImages, read_processor
 from ..evaluation.records import RECORDS, RUN, UNITS, Record, fields_of_model, find_size, whole_file
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import (
@@ -153,10 +153,8 @@ def new_config(
     model_args: ModelArguments, args: RecipeArguments, processor: AnyImageProcessor, **overrides: Any
 ) -> ImageGPTConfig:
     """Make the configuration of a new model of --size for the processor's images, with `overrides` and --config_overrides."""
-    height, width = processor.token_grid()
     overrides = {"objective": args.objective or "causal"} | overrides
-    config = ImageGPTConfig.from_preset(args.size, image_size=height, n_colors=len(processor.palette), **overrides)
-    config.n_positions = height * width
+    config = ImageGPTConfig.from_preset(args.size, image_size=processor.token_grid(), n_colors=len(processor.palette), **overrides)
     if model_args.config_overrides:
         known = config.to_dict()
         config.update_from_string(model_args.config_overrides)
@@ -178,7 +176,25 @@ def build_model(
             model_args.model_name_or_path, **model_args.hub_source(), **model_args.attention()
         )
     processor.check_fits(model.config)
+    check_same_grid(model_args, processor)
     return model
+
+
+def check_same_grid(model_args: ModelArguments, processor: AnyImageProcessor) -> None:
+    """Raise ValueError if a checkpoint's own processor, where it has one, makes images of as many pixels in another shape."""
+    name = model_args.model_name_or_path
+    if not (name and model_args.image_processor_name):  # else it is the checkpoint's own
+        return
+    try:
+        own = read_processor(name, **model_args.hub_source()).token_grid()
+    except ValueError:
+        return
+    if own != processor.token_grid():
+        shapes = ["x".join(map(str, grid)) for grid in (own, processor.token_grid())]
+        raise ValueError(
+            f"{name} was trained on images of {shapes[0]}, --image_processor_name makes {shapes[1]} (height x width): leave it "
+            "out, or name one of the same shape."
+        )
 
 
 def classifier_config(
@@ -242,6 +258,7 @@ def build_classifier(
         if not has_head:
             torch.nn.init.zeros_(model.score.weight)  # a new head, even if the checkpoint holds one for other classes
     processor.check_fits(model.config)
+    check_same_grid(model_args, processor)
     return model
 
 
