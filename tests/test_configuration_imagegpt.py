@@ -136,6 +136,14 @@ def test_what_is_no_object_is_no_configuration(tmp_path):
             ImageGPTConfig.from_pretrained(tmp_path)
 
 
+def test_presets_of_images_that_are_not_square():
+    assert ImageGPTConfig.from_preset("s", image_size=(32, 16)).n_positions == 512
+    assert ImageGPTConfig.from_preset("s", image_size=16) == ImageGPTConfig.from_preset("s", image_size=[16, 16])
+    for wrong in (0, (32,), (1, 2, 3), (-4, -4), (8, 0.5), "32x16"):
+        with pytest.raises(ValueError, match="image_size is a number of pixels, or"):
+            ImageGPTConfig.from_preset("s", image_size=wrong)
+
+
 def test_unknown_preset():
     with pytest.raises(ValueError, match="tiny, xs, s, m, l, xl"):
         ImageGPTConfig.from_preset("huge")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hf_igpt import ImageGPTImageProcessorPil, data
 from hf_igpt.clusters import nearest_color
-from hf_igpt.commands.arguments import ClustersArguments
+from hf_igpt.commands.arguments import ClustersArguments, PlanArguments
 from hf_igpt.data import (
     DataArguments,
     ImageTokens,
@@ -526,6 +526,15 @@ def test_random_crop_is_the_papers():
     assert max(widths) - min(widths) > 30
 
 
+def test_random_crops_have_the_grids_proportions():
+    rng = np.random.default_rng
+    assert random_crop(picture(0, (300, 260)), rng(1), (32, 16)).size == (112, 224)
+    assert random_crop(picture(0, (30, 300)), rng(1), (4, 32)).size == (224, 28)
+    for grid in ((1, 1), (32, 32)):
+        square, found = random_crop(picture(1), rng(2)), random_crop(picture(1), rng(2), grid)
+        assert found.size == (224, 224) and square.tobytes() == found.tobytes()
+
+
 def test_random_crops_are_drawn_anew_each_epoch(folder, processor):
     images = load_images(DataArguments(train_dir=str(folder)))["train"]
     rows = []
@@ -634,6 +643,53 @@ def test_pad_crops_move_images_within_a_reflected_border(folder, processor):
     assert len(shifts) >= 6
     with pytest.raises(ValueError, match="--pad_crop"):
         DataArguments(pad_crop=True, random_crop=True)
+
+
+@pytest.mark.parametrize("grid", [(16, 4), (4, 16)])
+def test_flips_and_crops_of_images_that_are_not_square(grid, folder, palette):
+    processor = ImageGPTImageProcessorPil(clusters=palette, size=grid, do_center_crop=True)
+    images = load_images(DataArguments(train_dir=str(folder)))["train"]
+    tokens = tokenize(images, processor)
+    plain = rows_of(ImageTokens(tokens, processor)).reshape(-1, *grid)
+    flipped = rows_of(ImageTokens(tokens, processor, random_flip=True)).reshape(-1, *grid)
+    mirrored = [(a == b[:, ::-1]).all() for a, b in zip(flipped, plain, strict=True)]
+    kept = [(a == b).all() for a, b in zip(flipped, plain, strict=True)]
+    assert any(mirrored) and any(kept) and all(np.logical_or(mirrored, kept))
+    for found, image in zip(rows_of(ImageTokens(tokens, processor, pad_crop=True)), plain, strict=True):
+        padded, found = np.pad(image, 1, mode="reflect"), found.reshape(grid)  # 4 of 32 pixels, of the shorter side
+        windows = [padded[i : i + grid[0], j : j + grid[1]] for i in range(3) for j in range(3)]
+        assert any(np.array_equal(window, found) for window in windows)
+    assert rows_of(ImageTokens(images, processor, random_crop=True), range(2)).shape == (2, 64)
+    args = DataArguments(train_dir=str(folder), random_crop=True, random_flip=True)
+    stream = images.cast_column("image", datasets.Image(decode=False)).to_iterable_dataset()
+    (row,) = stream_tokens(stream, processor, args).take(1)
+    assert len(row["input_ids"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(32, 32), ("32", 32), ("32x32", 32), ("32x16", "32x16"), ((16, 32), "16x32"), ([8, 8], 8), ("1x4096", "1x4096")],
+)
+def test_image_sizes(given, kept):
+    for kind in (DataArguments, PlanArguments):
+        assert kind(image_size=given).image_size == kept
+
+
+@pytest.mark.parametrize("given", ["0x4", "32x", "x", "axb", "4097", "8x16x3", "32 16", "-8", "8.0", 32.5, True, (), ""])
+def test_image_sizes_that_are_none(given):
+    for kind in (DataArguments, PlanArguments):
+        with pytest.raises(ValueError, match="--image_size is a whole number from 1 to 4096, or two of them, height x"):
+            kind(image_size=given)
+
+
+def test_a_processor_of_as_many_pixels_in_another_shape_is_refused(tmp_path, palette):
+    ImageGPTImageProcessorPil(clusters=palette, size=(8, 4)).save_pretrained(tmp_path)
+    same = data.load_processor(str(tmp_path), DataArguments(image_size="8x4"))
+    other = data.load_processor(str(tmp_path), DataArguments(image_size="16x4"))
+    assert (same.token_grid(), other.token_grid()) == ((8, 4), (16, 4))
+    for wrong in ("4x8", "16x2"):
+        with pytest.raises(ValueError, match=r"--image_size .* makes images of 8x4, which have as many pixels"):
+            data.load_processor(str(tmp_path), DataArguments(image_size=wrong))
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------

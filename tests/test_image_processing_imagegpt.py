@@ -91,6 +91,26 @@ def test_center_crop_takes_the_largest_central_square(palette):
     )
 
 
+@pytest.mark.parametrize(("height", "width"), [(8, 4), (4, 8)])
+def test_grids_that_are_not_square(height, width, palette, tmp_path):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8))
+    processor = ImageGPTImageProcessor(clusters=palette, size=(height, width), do_center_crop=True)
+    window = photo.crop((11, 0, 21, 20) if height > width else (0, 2, 33, 18))  # of the grid's proportions
+    squashing = ImageGPTImageProcessor(clusters=palette, size=(height, width))
+    assert squashing(window)["input_ids"][0].tolist() == processor(photo)["input_ids"][0].tolist()
+    assert squashing(photo)["input_ids"][0].tolist() != processor(photo)["input_ids"][0].tolist()
+    array = np.asarray(photo)
+    assert np.array_equal(processor(array)["input_ids"][0], processor(photo)["input_ids"][0])
+    (picture,) = processor.decode(processor(photo)["input_ids"])
+    assert picture.size == (width, height) and processor(picture)["input_ids"][0].tolist() == list(
+        processor(photo)["input_ids"][0]
+    )
+    processor.save_pretrained(tmp_path)
+    again = read_processor(str(tmp_path))
+    assert again.token_grid() == (height, width) and again.crop_size is None
+    assert np.array_equal(again(photo)["input_ids"][0], processor(photo)["input_ids"][0])
+
+
 def converted(mode):
     if mode == "I;16":
         return Image.fromarray(np.asarray(PHOTO.convert("L")).astype(np.uint16) * 257)

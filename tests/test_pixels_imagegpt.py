@@ -286,3 +286,16 @@ def test_the_file_imports_what_a_published_repository_has():
             assert not any(
                 part.startswith("_") for name in [*modules, *(a.name for a in node.names)] for part in name.split(".")
             )
+
+
+def test_windows_of_other_proportions_are_central_and_the_largest():
+    image = np.arange(20 * 33).reshape(1, 20, 33) % 251
+    for grid, expected in (
+        ((8, 4), image[:, :, 11:21]),  # all 20 rows, 10 of 33 columns
+        ((4, 8), image[:, 2:18]),  # 16 of 20 rows
+        ((1, 30), image[:, 9:10]),
+        ((90, 1), image[:, :, 16:17]),
+    ):
+        assert np.array_equal(crop_to_proportions(image, grid), expected)
+        found = crop_to_proportions(Image.fromarray(image[0].astype(np.uint8)), grid)
+        assert np.array_equal(np.asarray(found), expected[0])

@@ -167,6 +167,19 @@ def test_plan_prints_and_writes(tmp_path, capsys):
     assert [found["hours"] for found in written["plans"]] == [option.hours for option in plans]
 
 
+def test_plans_of_images_that_are_not_square(tmp_path, capsys):
+    (found,) = {option.image_size for option in plan(arguments(image_size="16x4"))}
+    assert found == "16x4" and "tiny, causal, 16x4, 16 colours" in capsys.readouterr().out
+    square = options(arguments())[0]
+    assert (options(arguments(image_size="16x4"))[0].memory, square.image_size) == (square.memory, 8)  # as many pixels
+    file = str(tmp_path / "records.json")
+    speed = recorded(tmp_path / "records.json", "images_per_second", 400.0, "images/s", size="tiny", image_size=(16, 4))
+    assert options(arguments(image_size="16x4", records=speed))[0].hours == pytest.approx(100 * 16 / 400 / 3600)
+    for other in (8, "4x16"):
+        with pytest.raises(ValueError, match=f"no images_per_second of tiny at {other} pixels"):
+            options(arguments(image_size=other, records=file))
+
+
 def test_the_script_says_what_the_planner_finds():
     text = (Path(__file__).parent.parent / "scripts" / "run_plan.py").read_text()
     words = re.search(r"run_plan\.py (--size xl .*?)\s+#", text)[1]

@@ -12,18 +12,26 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForCausalLM, TrainerControl, TrainerState
+from transformers import AutoImageProcessor, AutoModelForCausalLM, TrainerControl, TrainerState, pipeline
 
-from hf_igpt import data
+from hf_igpt import ImageGPTImageProcessorPil, complete, data
 from hf_igpt.clusters import to_unit_range
 from hf_igpt.commands.cli import parse_arguments
 from hf_igpt.commands.clusters import ClustersArguments, fit_clusters
+from hf_igpt.commands.finetune import finetune
 from hf_igpt.commands.pretrain import pretrain
+from hf_igpt.commands.probe import ProbeArguments, probe
+from hf_igpt.commands.report import ReportArguments, report
+from hf_igpt.commands.sample import SampleArguments
+from hf_igpt.commands.sample import draw as sample_images
+from hf_igpt.commands.score import ScoreArguments, score
 from hf_igpt.data import DataArguments
 from hf_igpt.evaluation.metrics import nats_per_image
-from hf_igpt.evaluation.records import describe_model, describe_network, read_records
+from hf_igpt.evaluation.records import describe_images, describe_model, describe_network, read_records
+from hf_igpt.generation_imagegpt import find_hidden
 from hf_igpt.presets import SIZES
-from hf_igpt.training.arguments import ModelArguments, PretrainingArguments
+from hf_igpt.publishing.hub import write_repository
+from hf_igpt.training.arguments import FinetuningArguments, ModelArguments, PretrainingArguments
 from hf_igpt.training.callbacks import Clock, PushCheckpoints
 from hf_igpt.training.trainer import ImageGPTTrainer
 
@@ -555,3 +563,89 @@ def test_bad_flags_end_scripts_in_one_line(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().err
         assert ended.value.code == 2 and "error: " in said.splitlines()[-1], said
         assert not (tmp_path / "o").exists()
+
+
+# -- images that are not square ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tall(tmp_path_factory, greys):
+    """A run on images of 8x4."""
+    folder = tmp_path_factory.mktemp("tall") / "run"
+    options = {"max_steps": 20, "num_samples": 4, "eval_strategy": "steps", "eval_steps": 10}
+    augmentation = {"random_flip": True, "pad_crop": True}
+    return folder, run(folder, greys, images={"image_size": "8x4"} | augmentation, **options)
+
+
+def test_a_run_on_images_that_are_not_square(tall):
+    folder, records = tall
+    model, processor = AutoModelForCausalLM.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    assert (model.config.n_positions, processor.token_grid()) == (32, (8, 4))
+    assert {record.image_size for record in records} == {(8, 4)}
+    assert describe_images(records[0]) == "scikit-learn digits, 8x4, 16 colours"
+    found = {record.baseline or describe_network(record): record.value for record in records}
+    assert found["left-and-up trigram"] < found["unigram"] < found["uniform"]
+    assert Image.open(folder / "samples" / "step-0000020.png").size == (2 * (48 + 4) + 4, 2 * (96 + 4) + 4)
+    held_out = data.load_images(DataArguments(max_eval_samples=50), seed=1)["validation"]
+    rows = torch.from_numpy(data.token_array(data.tokenize(held_out, processor)).astype(np.int64))
+    assert records[0].value == pytest.approx(model(labels=rows).loss.item(), rel=1e-5)
+
+
+def test_all_that_follows_on_images_that_are_not_square(tall, tmp_path, greys, capsys):
+    folder, _ = tall
+    (tmp_path / "photos").mkdir()
+    for index in range(2):
+        pixels = np.random.default_rng(index).integers(0, 256, (20, 33, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    photos = [str(tmp_path / "photos")]
+    model, processor = AutoModelForCausalLM.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    tokens = processor([Image.open(tmp_path / "photos" / f"{i}.png") for i in range(2)], return_tensors="pt")["input_ids"]
+    drawn = complete(model, processor, tokens=tokens, rows=3, num_completions=2, return_tokens=True)
+    assert torch.equal(drawn[:, :, :12], tokens[:, None, :12].expand(-1, 2, -1))
+    with pytest.raises(ValueError, match="between 0 and the image's height, 8; found 9"):
+        complete(model, processor, tokens=tokens, rows=9)
+    hidden = find_hidden(processor, (0, 0, 0.5, 0.25), (33, 20))  # of the photo, which is cropped to columns 11..20
+    assert hidden.shape == (8, 4) and hidden[:2, :3].all() and hidden.sum() == 6
+    with pytest.raises(ValueError, match=r"shape \(4, 8\); the image has 8x4 or 20x33 pixels \(height x width\)"):
+        find_hidden(processor, np.ones((4, 8), dtype=bool), (33, 20))
+    complete_from = pipeline("image-completion", model=str(folder))
+    assert [image.size for image in complete_from(f"{photos[0]}/0.png", rows=5, num_completions=2)] == [(4, 8)] * 2
+    options = {"output_dir": str(tmp_path / "drawn"), "images": photos, "num_completions": 2, "particles": 2}
+    sample_images(SampleArguments(str(folder), num_images=2, **options), DataArguments())
+    sample_images(SampleArguments(str(folder), box=[0.0, 0.0, 0.5, 0.5], **options), DataArguments())
+    scored = score(ScoreArguments(str(folder), photos, output_dir=str(tmp_path / "score")), DataArguments())
+    assert scored[0].image_size == (8, 4)
+    images = DataArguments(max_train_samples=150, max_eval_samples=60)
+    probed = probe(ProbeArguments([str(folder)], str(tmp_path / "probe"), layers=[1], baselines=False), images)
+    assert {record.image_size for record in probed} == {(8, 4)}
+    fine = {"use_cpu": True, "disable_tqdm": True, "max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    for name, source, given in (
+        ("tuned", {"model_name_or_path": str(folder)}, {}),
+        ("new", {"image_processor_name": greys, "config_overrides": SMALL}, {"image_size": "8x4"}),
+    ):
+        arguments = FinetuningArguments(output_dir=str(tmp_path / name), **fine)
+        records = finetune(ModelArguments(**source), DataArguments(max_eval_samples=60, **given), arguments)
+        assert {record.image_size for record in records} == {(8, 4)}
+        assert AutoImageProcessor.from_pretrained(tmp_path / name).token_grid() == (8, 4)
+    to = str(tmp_path / "report")
+    page = report(ReportArguments([str(folder), str(tmp_path / "tuned")], output_dir=to), DataArguments())
+    assert "scikit-learn digits, 8x4, 16 colours" in page.read_text()
+    write_repository(folder, tmp_path / "repository", "someone/tall")
+    card = (tmp_path / "repository" / "README.md").read_text()
+    assert "It sees 8x4 pixels" in card and "central windows\nof 8x4" in card and "squares" not in card
+    ImageGPTImageProcessorPil(clusters=np.load(greys), size=(4, 8)).save_pretrained(tmp_path / "wide")
+    for options, message in (
+        ({"images": {"image_size": "4x8"}, "model": {"image_processor_name": None}}, "which have as many pixels"),
+        ({"model": {"image_processor_name": str(tmp_path / "wide")}}, "trained on images of 8x4, .* makes 4x8"),
+    ):
+        source = {"model_name_or_path": str(folder), "config_overrides": None} | options["model"]
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "wrong", greys, source, options.get("images"))
+
+
+def test_palettes_of_images_that_are_not_square(tmp_path):
+    folder = tmp_path / "palette"
+    images = DataArguments(image_size="4x8", max_train_samples=50)
+    records = fit_clusters(ClustersArguments(output_dir=str(folder), num_colors=4), images)
+    assert AutoImageProcessor.from_pretrained(folder).token_grid() == records[0].image_size == (4, 8)
+    assert len(data.sample_pixels(data.load_images(images)["train"], 10**6, (4, 8))) == 50 * 32
