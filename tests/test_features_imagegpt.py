@@ -18,7 +18,7 @@ from hf_igpt import (
     ImageGPTModel,
 )
 from hf_igpt.evaluation.feature_files import read_features, write_features
-from hf_igpt.features_imagegpt import check_layers, extract, features_of_tokens, layers_around
+from hf_igpt.features_imagegpt import attention_of_tokens, check_layers, extract, features_of_tokens, layers_around
 from hf_igpt.modeling_imagegpt import draw_mask, shift_right
 from hf_igpt.presets import MASK_PROBABILITY
 
@@ -273,3 +273,53 @@ def test_nested_lists_of_images_are_refused(model, palette):
         extract(model, [images[:2], images[2:]], processor=processor)
     assert extract(model, np.zeros((3, 8, 8, 3), np.uint8), processor=processor)[0].shape == (3, 32)
     assert extract(model, images, processor=processor)[0].shape == (3, 32)
+
+
+# -- what a pixel looks at ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_attention_is_eager_attentions(objective, implementation, tokens):
+    kind = ImageGPTForMaskedImageModeling if objective == "masked" else ImageGPTForCausalImageModeling
+    model = randomized(kind(small_config(objective=objective)))
+    for pixel in (0, 1, 37, 63):
+        model.set_attn_implementation("eager")
+        if objective == "causal":
+            whole = model.base_model(shift_right(tokens, 16), output_attentions=True).attentions
+            expected = torch.stack([weights[:, :, pixel] for weights in whole], dim=1)  # SOS, then pixels 0..N-2
+            expected = torch.nn.functional.pad(expected, (0, 1))
+        else:
+            hidden = (torch.arange(64) == pixel).expand(4, 64)
+            whole = model.base_model(tokens, bool_masked_pos=hidden, output_attentions=True).attentions
+            expected = torch.nn.functional.pad(torch.stack([weights[:, :, pixel] for weights in whole], dim=1), (1, 0))
+        model.set_attn_implementation(implementation)
+        before = model(labels=tokens).logits if objective == "causal" else model(input_ids=tokens).logits
+        found = attention_of_tokens(model, tokens, pixel)
+        assert found.shape == (4, 3, 2, 65)
+        assert (found - expected).abs().max() < 1e-5
+        assert torch.allclose(found.sum(dim=-1), torch.ones(4, 3, 2))
+        assert objective == "masked" or not found[..., pixel + 1 :].any()  # neither the pixel itself nor later ones
+        assert (found[..., 0] > 0).all() == (objective == "causal")
+        after = model(labels=tokens).logits if objective == "causal" else model(input_ids=tokens).logits
+        assert torch.equal(before, after) and model.config._attn_implementation == implementation
+
+
+def test_attention_leaves_no_trace_after_errors(model, tokens, monkeypatch):
+    model.train()
+    monkeypatch.setattr(model.base_model.h[1].mlp, "forward", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attention_of_tokens(model, tokens, 5)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert model.training and model.config._attn_implementation == "sdpa"
+
+
+def test_attention_of_what_is_no_pixel(model, tokens, monkeypatch):
+    monkeypatch.setattr(model.base_model, "forward", None)  # before any work
+    for pixel in (-1, 64, 3.0, None):
+        with pytest.raises(ValueError, match=r"a number in 0\.\.63, in raster order"):
+            attention_of_tokens(model, tokens, pixel)
+    with pytest.raises(ValueError, match=r"shape \(B, 64\)"):
+        attention_of_tokens(model, tokens[:, :9], 0)
+    with pytest.raises(ValueError, match="tokens"):
+        attention_of_tokens(model, tokens + 16, 0)

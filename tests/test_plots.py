@@ -5,6 +5,7 @@ from PIL import Image
 
 from hf_igpt.clusters import to_grey_levels
 from hf_igpt.reporting.plots import (
+    attention_maps,
     completions_picture,
     histogram,
     image_grid,
@@ -45,6 +46,23 @@ def test_surprise_maps_show_images_as_they_are_in_one_scale():
     many = surprise_maps(images * 5, np.concatenate([maps] * 5), ["title"] * 10)
     assert many.height > 2.5 * two.height and many.width < 3 * two.width
     assert surprise_maps(images[:1], np.zeros((1, 8, 8)), [""]).size == one.size
+
+
+def test_attention_maps_end_at_the_pixel():
+    image = Image.fromarray(np.full((8, 4, 3), (10, 200, 30), np.uint8))
+    shares = np.zeros((2, 3, 33), np.float32)
+    shares[..., 0], shares[..., 1], shares[..., 9] = 0.5, 0.125, 0.375
+    causal = np.asarray(attention_maps(image, shares, (3, 1), "cat"))
+
+    def count(picture, color):
+        return int((picture == color).all(axis=-1).sum())
+
+    for color in ((10, 200, 30), (0, 0, 3), (252, 254, 164), (0, 255, 255)):  # image; inferno's ends; the pixel's outline
+        assert count(causal, color) > 20
+    shares[..., 0], shares[..., 31] = 0, 0.5
+    masked = np.asarray(attention_maps(image, shares, (3, 1), "$cat$"))
+    assert count(causal, (204,) * 3) > 1000 > 20 > count(masked, (204,) * 3)  # pixels that come later
+    assert attention_maps(image, np.zeros((12, 8, 33)) + 1 / 33, (0, 0), "").height > len(causal)
 
 
 def test_histogram_of_sets_and_of_one_value():

@@ -89,6 +89,28 @@ def test_score_end_to_end(place, model, processor, capsys, monkeypatch):
     assert Image.open(folder / "histogram.png").size == (840, 504)
 
 
+def test_what_a_pixel_looks_at_is_drawn(place, monkeypatch):
+    folder, options = place / "score", {"output_dir": str(place / "score"), "num_maps": 2}
+    images = [str(place / "grey")]
+    for pixel, message in (([8, 0], "rows 0..7 and columns 0..7; found row 8, column 0"), ([0, 8], "column 8")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"8x8 pixels, .*{message}"):
+            patch.setattr(command, "read_images", None)  # before any work
+            score(ScoreArguments(str(place / "model"), images, attention=pixel, **options), DataArguments())
+    for wrong in ([1], [1, 2, 3], [-1, 0]):
+        with pytest.raises(ValueError, match="--attention "):
+            ScoreArguments("x", images, attention=wrong)
+    assert not folder.exists()
+    seen = []
+    monkeypatch.setattr(command.plots, "attention_maps", lambda *given: seen.append(given) or Image.new("RGB", (9, 9)))
+    score(ScoreArguments(str(place / "model"), images, attention=[2, 3], compare=images, **options), DataArguments())
+    assert {path.name for path in folder.glob("attention*")} == {"attention-1.png", "attention-2.png"}
+    for image, shares, pixel, _ in seen:
+        assert image.size == (8, 8) and shares.shape == (3, 2, 65) and pixel == (2, 3)
+        assert np.allclose(shares.sum(axis=-1), 1) and shares[..., : 1 + 2 * 8 + 3].all() and not shares[..., 20:].any()
+    score(ScoreArguments(str(place / "model"), images, **options), DataArguments())  # which draws none
+    assert not list(folder.glob("attention*"))
+
+
 def test_score_of_held_out_images(place, model, processor):
     args = ScoreArguments(str(place / "model"), num_held_out=3, num_maps=1, output_dir=str(place / "out"))
     (record,) = score(args, DataArguments())

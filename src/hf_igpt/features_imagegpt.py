@@ -1,4 +1,4 @@
-"""Features: what "layer l" means, and features of all layers from one forward pass.
+"""Features: what "layer l" means, and features of all layers from one forward pass; and what a pixel attends to.
 
 In a model of L blocks, layer l is the normalised input of block l (the output of its `ln_1`) for l < L, and the output of
 `ln_f` for l = L. An image's feature is the mean over its N positions [V2 3.3, blog footnote E]. A causal model reads
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .configuration_imagegpt import ImageGPTConfig
 from .image_processing_imagegpt import AnyImageProcessor
 from .inputs_imagegpt import as_tokens, check_tokens, shift_right
-from .modeling_imagegpt import ImageGPTPreTrainedModel
+from .modeling_imagegpt import ImageGPTPreTrainedModel, eager_attention_forward
 from .presets import MASK_PROBABILITY
 
 
@@ -81,6 +81,55 @@ def features_of_tokens(
         for hook in hooks:
             hook.remove()
     return {layer: found[layer] for layer in layers}
+
+
+@torch.no_grad()
+def attention_of_tokens(model: ImageGPTPreTrainedModel, tokens: torch.Tensor, pixel: int) -> torch.Tensor:
+    """Compute how much each head attends to each pixel when `pixel` is predicted: (B, L, heads, 1 + N) float32.
+
+    tokens: (B, N) colours in 0..K-1. pixel: 0..N-1, in raster order: row · width + column. Of the last dimension, entry 0 is
+    the share of SOS and entry 1 + p that of pixel p; together they are 1. A causal model predicts the pixel at a position
+    that reads SOS and the pixels before it, so the shares of the pixel itself and of later ones are 0. A masked model, from
+    which the pixel alone is hidden, has no SOS: its share is 0.
+
+    Only the weights of this one position are computed, as eager attention computes them, beside the forward pass: the
+    model's own implementation of attention runs, and stays. A pixel or a token out of range is a ValueError.
+    """
+    config, n_pixels = model.config, model.config.n_positions
+    if not (isinstance(pixel, int) and 0 <= pixel < n_pixels):
+        raise ValueError(f"A pixel of an image is a number in 0..{n_pixels - 1}, in raster order; found {pixel!r}.")
+    if tokens.ndim != 2 or tokens.shape[1] != n_pixels:
+        raise ValueError(f"Tokens of images have shape (B, {n_pixels}); found {tuple(tokens.shape)}.")
+    check_tokens(tokens, config.vocab_size - 1, "tokens", config)
+    backbone: Any = model.base_model
+    shares = torch.zeros(len(tokens), config.n_layer, config.n_head, 1 + n_pixels, device=tokens.device)
+    thread = threading.get_ident()
+    inputs, hidden = tokens, None
+    if config.objective == "masked":
+        hidden = (torch.arange(n_pixels, device=tokens.device) == pixel).expand(tokens.shape)
+        seen = shares[..., 1:]
+    else:
+        inputs = shift_right(tokens, config.sos_token_id)[:, : pixel + 1]  # the last of which predicts the pixel
+        seen = shares[..., : pixel + 1]
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            if threading.get_ident() == thread:  # others may run the same model
+                query, key, value = module.project(inputs[0])
+                of_pixel = query[:, :, pixel : pixel + 1]
+                _, weights = eager_attention_forward(module, of_pixel, key, value, None, module.scaling)
+                seen[:, layer] = weights[:, :, 0]
+
+        return hook
+
+    hooks = [block.attn.register_forward_pre_hook(keep(layer)) for layer, block in enumerate(backbone.h)]
+    try:
+        with evaluation_mode(model):
+            backbone(inputs, bool_masked_pos=hidden, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shares
 
 
 def extract(

@@ -107,6 +107,11 @@ class ImageGPTAttention(ImageGPTSublayer):
         self.attn_dropout = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> queries, keys and values, each (B, heads, T, D/heads), in one tensor."""
+        qkv = self.c_attn(x).view(*x.shape[:-1], 3, -1, self.head_dim)
+        return qkv.permute(2, 0, 3, 1, 4)
+
     def forward(
         self,
         x: torch.Tensor,
@@ -115,8 +120,7 @@ class ImageGPTAttention(ImageGPTSublayer):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, D) -> (B, T, D), and the attention weights (B, heads, T, T) if the implementation returns them."""
-        qkv = self.c_attn(x).view(*x.shape[:-1], 3, -1, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D/heads)
+        query, key, value = self.project(x)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

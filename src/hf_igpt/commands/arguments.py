@@ -203,6 +203,12 @@ class ScoreArguments:
     num_maps: int = field(
         default=8, metadata={"help": "Images with a map of each pixel's surprise, least to most surprising."}
     )
+    attention: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Row and column of a pixel, from 0: draw what it looks at, by block and head, for each image with a map."
+        },
+    )
     output_dir: str | None = field(
         default=None, metadata={"help": "Where scores and pictures go. Default: score/ in the model's folder."}
     )
@@ -215,6 +221,8 @@ class ScoreArguments:
 
     def __post_init__(self) -> None:
         check_numbers(self, {"at least 1": ("num_maps", "batch_size")})
+        if len(self.attention) not in (0, 2):
+            raise ValueError(f"--attention is the row and the column of one pixel; found {self.attention}.")
         if not (self.images or self.num_held_out):
             raise ValueError("There is nothing to score: give --images or --num_held_out.")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
@@ -25,6 +26,7 @@ from ..evaluation.records import (
     whole_file,
     write_records,
 )
+from ..features_imagegpt import attention_of_tokens
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling
 from ..reporting import plots
@@ -54,7 +56,8 @@ class ImageSet:
 def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     """Score images with a causal model: nats per pixel of each, and how surprising each pixel is.
 
-    Writes `scores.csv`, `surprise.png`, `histogram.png` and, last, `score.json`, whose records it returns. What is wrong
+    Writes `scores.csv`, `surprise.png`, `histogram.png` and, last, `score.json`, whose records it returns; with `attention`
+    also `attention-1.png` and so on, one for each image of `surprise.png` in its order. What is wrong
     with the model, the folders or the images is a ValueError before any forward pass.
     """
     name = args.model_name_or_path
@@ -64,6 +67,12 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     config = ImageGPTConfig.from_pretrained(name)
     check_causal(config)
     processor = processor_of(name, config)
+    height, width = processor.token_grid()
+    if args.attention and not (args.attention[0] < height and args.attention[1] < width):
+        raise ValueError(
+            f"--attention: the model's images have {height}x{width} pixels, rows 0..{height - 1} and columns 0..{width - 1}; found "
+            f"row {args.attention[0]}, column {args.attention[1]}."
+        )
     sets = [read_scored_set(args, data_args, processor)]
     if args.compare:
         names, tokens = read_images(name_images(args.compare), processor, data_args.on_bad_image)
@@ -76,12 +85,21 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
         images.surprise = part
 
     records = record_scores(args, model, processor, sets)
+    shown = choose_shown(args.num_maps, sets)
     pictures = {
-        "surprise.png": draw_maps(args.num_maps, processor, sets),
+        "surprise.png": draw_maps(processor, shown),
         "histogram.png": draw_histogram(config, records, sets),
     }
+    if args.attention:
+        for number, (images, row) in enumerate(shown, start=1):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                picture = draw_attention(model, processor, images, row, *args.attention)
+            pictures[f"attention-{number}.png"] = picture
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SCORE).unlink(missing_ok=True)  # it would describe other files than those that follow
+    for earlier in folder.glob("attention-*.png"):  # of other images, or of another pixel
+        if earlier.stem.removeprefix("attention-").isdecimal():
+            earlier.unlink()
     with whole_file(folder / "scores.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "set", "nats_per_pixel", "bits_per_pixel"])
@@ -92,7 +110,7 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
         save_picture(picture, folder / picture_name)
     write_records(folder / SCORE, records)
     print_scores(sets, records)
-    print(f"Wrote scores.csv, surprise.png, histogram.png and {SCORE} to {folder}")
+    print(f"Wrote scores.csv, {', '.join(pictures)} and {SCORE} to {folder}")
     return records
 
 
@@ -192,22 +210,42 @@ def record_scores(
     return records
 
 
-def draw_maps(count: int, processor: AnyImageProcessor, sets: list[ImageSet]) -> Image.Image:
-    """Images of each set, evenly chosen from its least to its most surprising, all in that order."""
-    shown = []  # (nats per pixel, title, image, map)
+def choose_shown(count: int, sets: list[ImageSet]) -> list[tuple[ImageSet, int]]:
+    """(set, row) of images of each set, evenly chosen from its least to its most surprising, all in that order."""
+    shown = []
     shares = [count] if len(sets) == 1 else [-(-count // 2), count // 2]
     for images, share in zip(sets, shares, strict=True):
         nats = images.nats_per_pixel
         share = min(share, len(nats))
         ranks = np.rint(np.linspace(0, len(nats) - 1, share)).astype(int) if share > 1 else [len(nats) // 2] * share
-        rows = np.argsort(nats, kind="stable")[ranks]
+        shown += [(images, int(row)) for row in np.argsort(nats, kind="stable")[ranks]]
+    return sorted(shown, key=lambda item: item[0].nats_per_pixel[item[1]])
+
+
+def draw_maps(processor: AnyImageProcessor, shown: list[tuple[ImageSet, int]]) -> Image.Image:
+    """The images and the maps of their pixels' surprise."""
+    titles = []
+    for images, row in shown:
         of = ", compared" if images.kind == "compared" else ""
-        for row, picture in zip(rows, processor.decode(images.tokens[rows]), strict=True):
-            title = f"{shorten(images.names[row])}\n{nats[row]:.2f} nats/pixel{of}"
-            shown.append((nats[row], title, picture, images.surprise[row].reshape(processor.token_grid())))
-    shown.sort(key=lambda item: item[0])
-    _, titles, pictures, maps = zip(*shown, strict=True)
+        titles.append(f"{shorten(images.names[row])}\n{images.nats_per_pixel[row]:.2f} nats/pixel{of}")
+    pictures = processor.decode(np.stack([images.tokens[row] for images, row in shown]))
+    maps = [images.surprise[row].reshape(processor.token_grid()) for images, row in shown]
     return plots.surprise_maps(pictures, np.stack(maps), titles)
+
+
+def draw_attention(
+    model: ImageGPTForCausalImageModeling,
+    processor: AnyImageProcessor,
+    images: ImageSet,
+    image: int,
+    row: int,
+    column: int,
+) -> Image.Image:
+    """What the pixel at (row, column) of one image looks at."""
+    tokens = torch.from_numpy(images.tokens[image : image + 1].astype(np.int64)).to(model.device)
+    shares = attention_of_tokens(model, tokens, row * processor.token_grid()[1] + column)[0].cpu().numpy()
+    (picture,) = processor.decode(tokens)
+    return plots.attention_maps(picture, shares, (row, column), shorten(images.names[image]))
 
 
 def draw_histogram(config: ImageGPTConfig, records: list[Record], sets: list[ImageSet]) -> Image.Image:

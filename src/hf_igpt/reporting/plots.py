@@ -321,6 +321,54 @@ def surprise_maps(images: Sequence[Image.Image], maps: np.ndarray, titles: Seque
         return _picture(figure)
 
 
+def attention_maps(image: Image.Image, shares: np.ndarray, pixel: tuple[int, int], name: str) -> Image.Image:
+    """An image with a pixel outlined, and what that pixel looks at: a row of maps for each block, one for each head.
+
+    shares: (L, heads, 1 + N), of SOS and of each pixel, as `attention_of_tokens` returns them. pixel: its (row, column).
+    Each map has its own scale, whose end is written above it beside SOS's share; pixels that are never seen are grey.
+    """
+    from matplotlib.patches import Rectangle
+
+    n_layer, n_head, n_pixels = shares.shape[0], shares.shape[1], shares.shape[2] - 1
+    width, height = image.size
+    row, column = pixel
+    has_sos = bool(shares[..., 0].any())
+    n_seen = row * width + column if has_sos else n_pixels  # a causal model sees the pixels before it
+    columns = np.concatenate([shares.mean(axis=1, keepdims=True), shares], axis=1)  # (L, 1 + heads, 1 + N)
+    cell = 1.1 if n_head <= 8 else 0.8  # inches
+    wide, high = (cell * side / max(height, width) for side in (width, height))
+    size = (2.4 + (n_head + 1) * (wide + 0.12), max(2.6, 0.75 + n_layer * (high + 0.2)))
+    grid = {"width_ratios": [2 / wide] + [1] * (n_head + 1)}
+    with _figure(n_layer, n_head + 2, figsize=size, squeeze=False, layout="constrained", gridspec_kw=grid) as (
+        figure,
+        axes,
+    ):
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+        for axis in axes[:, 0]:
+            axis.remove()
+        whole = figure.add_subplot(axes[0, 0].get_gridspec()[: max(1, min(n_layer, 3)), 0])
+        whole.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
+        whole.set_title(name, fontsize=8, loc="left")
+        for (block, at), axis in np.ndenumerate(axes[:, 1:]):
+            sos, found = columns[block, at, 0], columns[block, at, 1:].copy()
+            highest = found.max()
+            found[n_seen:] = np.nan
+            axis.set_facecolor("0.8")
+            axis.imshow(found.reshape(height, width), cmap="inferno", vmin=0, vmax=highest or 1, interpolation="nearest")
+            axis.set_title(f"{f'SOS {sos:.0%}, ' if has_sos else ''}max {highest:.0%}", fontsize=5, pad=2)
+            if block == n_layer - 1:
+                axis.set_xlabel("mean" if at == 0 else f"head {at - 1}", fontsize=7)
+            if at == 0:
+                axis.set_ylabel(f"block {block}", fontsize=7)
+        for axis in [whole, *axes[:, 1:].flat]:
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="cyan", linewidth=0.8))
+        later = "; grey: SOS and what comes before are all it sees" if has_sos else ""
+        figure.suptitle(f"What is looked at when row {row}, column {column} is predicted{later}", fontsize=9)
+        return _picture(figure)
+
+
 def histogram(
     sets: dict[str, np.ndarray], label: str, levels: dict[str, float] | None = None, title: str | None = None
 ) -> Image.Image:
