@@ -61,6 +61,23 @@ def test_training_mode_is_restored(model, processor):
     assert model.training
 
 
+def test_images_may_keep_different_numbers_of_rows(model, processor):
+    given = images(5)
+    options = {"num_completions": 2, "seed": 3, "return_tokens": True}
+    rows = [2, 5, 2, 8, 0]
+    drawn = complete(model, processor, given, rows, **options)
+    tokens = processor(given, return_tensors="pt")["input_ids"]
+    for row, kept, found in zip(tokens, rows, drawn, strict=True):
+        assert torch.equal(found[:, : 8 * kept], row[: 8 * kept].expand(2, -1))
+    together = complete(model, processor, [given[0], given[2]], 2, **options)  # what is drawn depends on these alone
+    assert torch.equal(drawn[[0, 2]], together)
+    assert torch.equal(drawn[1:2], complete(model, processor, given[1], [5], **options))
+    assert torch.equal(drawn, complete(model, processor, given, np.array(rows, np.uint8), **options))
+    assert torch.equal(
+        complete(model, processor, given, [4] * 5, **options), complete(model, processor, given, **options)
+    )
+
+
 @pytest.mark.parametrize("rows", [None, 0, 1, 7, 8])
 def test_completions_keep_the_given_rows(model, processor, rows):
     given = images(3, size=20)
@@ -95,6 +112,11 @@ def test_low_temperature_and_top_k_1_are_greedy(model, processor):
         (lambda m, p: sample(m, p, 1, temperature=0), "temperature"),
         (lambda m, p: sample(m, p, 1, top_p=0), "top_p"),
         (lambda m, p: complete(m, p, images(1), rows=9), "between 0 and the image's height, 8; found 9"),
+        *(
+            (lambda m, p, rows=rows: complete(m, p, images(2), rows=rows), "between 0 and the image's height, 8; found")
+            for rows in (0.5, 4.0, [1, 2.5], [-1, 2], [1, 9], "4", True, [], [[1, 2]])
+        ),
+        (lambda m, p: complete(m, p, images(2), rows=[1, 2, 3]), "one for each of 2 images; found 3 numbers"),
         (lambda m, p: complete(m, p, images(1), num_completions=0), "num_completions"),
         (lambda m, p: complete(m, p), "either `images` or `tokens`"),
         (lambda m, p: complete(m, p, tokens=torch.zeros(2, 10, dtype=torch.long)), r"shape \(n, 64\)"),

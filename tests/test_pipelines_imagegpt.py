@@ -98,6 +98,10 @@ def test_refusals(folder, model, palette):
     completer = pipeline("image-completion", folder)
     with pytest.raises(ValueError, match="between 0 and the image's height, 8"):
         completer(photo(0), rows=9)
+    with pytest.raises(ValueError, match="between 0 and the image's height, 8; found 0.5"):
+        completer(photo(0), rows=0.5)
+    with pytest.raises(ValueError, match="one number of rows of all its images"):
+        completer([photo(0), photo(1)], rows=[2, 3])
     with pytest.raises(ValueError, match="at least 1"):
         completer(photo(0), num_completions=0)
     for processor in (ImageGPTImageProcessorPil(clusters=palette[:9], size=8), ImageGPTImageProcessorPil(size=8)):

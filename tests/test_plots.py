@@ -61,7 +61,7 @@ def test_attention_maps_end_at_the_pixel():
         assert count(causal, color) > 20
     shares[..., 0], shares[..., 31] = 0, 0.5
     masked = np.asarray(attention_maps(image, shares, (3, 1), "$cat$"))
-    assert count(causal, (204,) * 3) > 1000 > 20 > count(masked, (204,) * 3)  # pixels that come later
+    assert count(causal, (204,) * 3) > 1000 > 10 * count(masked, (204,) * 3)  # pixels that come later
     assert attention_maps(image, np.zeros((12, 8, 33)) + 1 / 33, (0, 0), "").height > len(causal)
 
 

@@ -73,7 +73,7 @@ def complete(
     model: ImageGPTForCausalImageModeling,
     processor: AnyImageProcessor,
     images: str | AnyImage | Sequence[str | AnyImage] | None = None,
-    rows: int | None = None,
+    rows: int | Sequence[int] | None = None,
     num_completions: int = 1,
     *,
     tokens: torch.Tensor | None = None,
@@ -89,16 +89,16 @@ def complete(
 ) -> list[list[Image.Image]] | torch.Tensor:
     """Keep the upper `rows` rows of each image (None: half of them, 0: none) and draw the rest.
 
-    images: anything the processor accepts; or pass `tokens` (n, N). Returns a list of `num_completions` PIL images for
+    images: anything the processor accepts; or pass `tokens` (n, N). rows: one number, or one for each image. Images of as many
+    rows are drawn together, from the same seed for each number of rows: what is drawn for an image depends on these images
+    and their order, and not on those of other numbers of rows. Returns a list of `num_completions` PIL images for
     each image, or tokens (n, num_completions, N) int64. The kept pixels are exactly the image's own. `generate_kwargs` are
     further options of `generate`; the other arguments are those of `sample`. Invalid arguments are a ValueError.
     """
     if (images is None) == (tokens is None):
         raise ValueError("Pass either `images` or `tokens`, and not both.")
     height, width = processor.token_grid()
-    rows = height // 2 if rows is None else rows
-    if not 0 <= rows <= height:
-        raise ValueError(f"rows is between 0 and the image's height, {height}; found {rows}.")
+    kept = read_rows(rows, height)
     if num_completions < 1:
         raise ValueError(f"num_completions is at least 1; found {num_completions}.")
     processor.check_fits(model.config)
@@ -108,12 +108,25 @@ def complete(
     if len(tokens) == 0 or tokens.ndim != 2 or tokens.shape[1] != height * width:
         raise ValueError(f"Tokens of images have shape (n, {height * width}), n >= 1; found {tuple(tokens.shape)}.")
     check_tokens(tokens, model.config.vocab_size - 1, "tokens", model.config)
-    prompts = tokens[:, : rows * width].long().repeat_interleave(num_completions, dim=0)
-    drawn = _continue(model, prompts, seed, temperature, top_k, top_p, batch_size, progress, **generate_kwargs)
-    if return_tokens:
-        return drawn.view(len(tokens), num_completions, -1)
-    pictures = processor.decode(drawn, scale=scale)
-    return [pictures[start : start + num_completions] for start in range(0, len(pictures), num_completions)]
+    if kept.ndim and len(kept) != len(tokens):
+        raise ValueError(f"rows is one number, or one for each of {len(tokens)} images; found {len(kept)} numbers.")
+    drawn = torch.empty((len(tokens), num_completions, tokens.shape[1]), dtype=torch.long)
+    for count in np.unique(kept).tolist():
+        of_count = torch.from_numpy(np.broadcast_to(kept, len(tokens)) == count)
+        prompts = tokens[of_count, : count * width].long().repeat_interleave(num_completions, dim=0)
+        found = _continue(model, prompts, seed, temperature, top_k, top_p, batch_size, progress, **generate_kwargs)
+        drawn[of_count] = found.view(-1, num_completions, tokens.shape[1])
+    return drawn if return_tokens else [processor.decode(row, scale=scale) for row in drawn]
+
+
+def read_rows(rows: Any, height: int) -> np.ndarray:
+    """Return how many rows are kept, () or (n,) int64: half of `height` for None. What is no such number is a ValueError."""
+    numbers = np.asarray(height // 2 if rows is None else rows)
+    if numbers.ndim > 1 or numbers.dtype.kind not in "iu" or not ((numbers >= 0) & (numbers <= height)).all():
+        raise ValueError(
+            f"rows is between 0 and the image's height, {height}; found {rows}. It is a whole number, or one for each image."
+        )
+    return numbers.astype(np.int64)
 
 
 def inpaint(

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import BatchFeature, ImageClassificationPipeline, ImageFeatureExtractionPipeline, Pipeline
 
 from .features_imagegpt import check_layers, features_of_tokens
-from .generation_imagegpt import MaskSource, complete, find_hidden, inpaint_tokens
+from .generation_imagegpt import MaskSource, complete, find_hidden, inpaint_tokens, read_rows
 from .image_processing_imagegpt import AnyImageProcessor
 from .modeling_imagegpt import ImageGPTForCausalImageModeling
 from .pixels_imagegpt import AnyImage, ImageSource, size_of
@@ -66,8 +66,8 @@ class ImageCompletionPipeline(Pipeline):
         **generate_kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         height = self.image_processor.token_grid()[0]
-        if rows is not None and not 0 <= rows <= height:
-            raise ValueError(f"rows is between 0 and the image's height, {height}; found {rows}.")
+        if read_rows(rows, height).ndim:
+            raise ValueError(f"A pipeline keeps one number of rows of all its images; found {rows}. `complete` takes several.")
         if num_completions is not None and num_completions < 1:
             raise ValueError(f"num_completions is at least 1; found {num_completions}.")
         options = {"rows": rows, "num_completions": num_completions, "seed": seed}
