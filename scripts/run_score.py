@@ -2,6 +2,7 @@
 
     python scripts/run_score.py --model_name_or_path outputs/pretrain --num_held_out 359                 # held-out digits
     python scripts/run_score.py --model_name_or_path outputs/pretrain --images photos/ cat.png --compare drawings/
+    python scripts/run_score.py --model_name_or_path outputs/pretrain --num_held_out 9 --attention 4 3          # row, column
 
 Seconds for small models. Writes scores.csv, score.json, surprise.png (images next to maps of their pixels' surprise) and
 histogram.png to score/ in the model's folder or --output_dir. With --compare, also how well nats per pixel tells images of

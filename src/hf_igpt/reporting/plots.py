@@ -322,50 +322,57 @@ def surprise_maps(images: Sequence[Image.Image], maps: np.ndarray, titles: Seque
 
 
 def attention_maps(image: Image.Image, shares: np.ndarray, pixel: tuple[int, int], name: str) -> Image.Image:
-    """An image with a pixel outlined, and what that pixel looks at: a row of maps for each block, one for each head.
+    """An image with a pixel outlined, and what is looked at when that is predicted: maps by block, downwards, and by head.
 
-    shares: (L, heads, 1 + N), of SOS and of each pixel, as `attention_of_tokens` returns them. pixel: its (row, column).
-    Each map has its own scale, whose end is written above it beside SOS's share; pixels that are never seen are grey.
+    shares: (L, heads, 1 + N), of SOS and of each pixel, as `attention_of_tokens` returns them; the first column is the mean
+    of the heads. pixel: its (row, column). Each map has its own scale, whose end is written above it beside the share of SOS;
+    what a causal model cannot see is grey.
     """
+    import matplotlib
+    from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
-    n_layer, n_head, n_pixels = shares.shape[0], shares.shape[1], shares.shape[2] - 1
-    width, height = image.size
-    row, column = pixel
+    (n_layer, n_head, _), (width, height), (row, column) = shares.shape, image.size, pixel
     has_sos = bool(shares[..., 0].any())
-    n_seen = row * width + column if has_sos else n_pixels  # a causal model sees the pixels before it
-    columns = np.concatenate([shares.mean(axis=1, keepdims=True), shares], axis=1)  # (L, 1 + heads, 1 + N)
-    cell = 1.1 if n_head <= 8 else 0.8  # inches
-    wide, high = (cell * side / max(height, width) for side in (width, height))
-    size = (2.4 + (n_head + 1) * (wide + 0.12), max(2.6, 0.75 + n_layer * (high + 0.2)))
-    grid = {"width_ratios": [2 / wide] + [1] * (n_head + 1)}
-    with _figure(n_layer, n_head + 2, figsize=size, squeeze=False, layout="constrained", gridspec_kw=grid) as (
-        figure,
-        axes,
-    ):
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-        for axis in axes[:, 0]:
-            axis.remove()
-        whole = figure.add_subplot(axes[0, 0].get_gridspec()[: max(1, min(n_layer, 3)), 0])
-        whole.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
-        whole.set_title(name, fontsize=8, loc="left")
-        for (block, at), axis in np.ndenumerate(axes[:, 1:]):
-            sos, found = columns[block, at, 0], columns[block, at, 1:].copy()
+    n_seen = row * width + column if has_sos else height * width
+    shares = np.concatenate([shares.mean(axis=1, keepdims=True), shares], axis=1)  # (L, 1 + heads, 1 + N)
+    room = max(height, width)
+    step, across = height + max(1, round(room / 5)), width + max(1, round(room / 8))
+    mosaic = np.full((n_layer * step, (1 + n_head) * across, 3), 255, np.uint8)
+    inch = (1.1 if n_head <= 8 else 0.8) / room  # of one pixel of a map
+    wide, high = mosaic.shape[1] * inch, mosaic.shape[0] * inch
+    size = (wide + 3, max(high + 0.8, 2.8))
+    options = {"width_ratios": [2, wide]}
+    with _figure(1, 2, figsize=size, layout="constrained", gridspec_kw=options) as (figure, (left, right)):
+        left.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
+        left.set_title(name, fontsize=8, loc="left")
+        outlines = []
+        for (block, at), sos in np.ndenumerate(shares[..., 0]):
+            found, (top, start) = shares[block, at, 1:], (block * step + step - height, at * across)
             highest = found.max()
-            found[n_seen:] = np.nan
-            axis.set_facecolor("0.8")
-            axis.imshow(found.reshape(height, width), cmap="inferno", vmin=0, vmax=highest or 1, interpolation="nearest")
-            axis.set_title(f"{f'SOS {sos:.0%}, ' if has_sos else ''}max {highest:.0%}", fontsize=5, pad=2)
-            if block == n_layer - 1:
-                axis.set_xlabel("mean" if at == 0 else f"head {at - 1}", fontsize=7)
-            if at == 0:
-                axis.set_ylabel(f"block {block}", fontsize=7)
-        for axis in [whole, *axes[:, 1:].flat]:
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="cyan", linewidth=0.8))
-        later = "; grey: SOS and what comes before are all it sees" if has_sos else ""
-        figure.suptitle(f"What is looked at when row {row}, column {column} is predicted{later}", fontsize=9)
+            colors = matplotlib.colormaps["inferno"](found / (highest or 1), bytes=True)[:, :3]
+            colors[n_seen:] = 204
+            mosaic[top : top + height, start : start + width] = colors.reshape(height, width, 3)
+            words = f"{f'SOS {sos:.1%}, ' if has_sos else ''}max {highest:.1%}"
+            right.text(start - 0.5, top - 0.6, words, fontsize=5, va="bottom")
+            outlines.append(Rectangle((start + column - 0.5, top + row - 0.5), 1, 1))
+        right.imshow(mosaic, interpolation="nearest")
+        for axis, patches in ((left, [Rectangle((column - 0.5, row - 0.5), 1, 1)]), (right, outlines)):
+            axis.add_collection(PatchCollection(patches, facecolor="none", edgecolor="cyan", linewidth=0.8))
+            axis.tick_params(length=0, labelsize=7)
+            axis.set_frame_on(False)
+        left.set_xticks([])
+        left.set_yticks([])
+        names = ["mean", *(f"head {head}" for head in range(n_head))]
+        right.set_xticks([at * across + (width - 1) / 2 for at in range(1 + n_head)], names)
+        right.set_yticks(
+            [block * step + step - (height + 1) / 2 for block in range(n_layer)],
+            [f"block {block}" for block in range(n_layer)],
+        )
+        title = f"What is looked at when row {row}, column {column} (outlined) is predicted"
+        scale = "Bright: much attention. Each map goes from 0 to its max, in percent of what the head gives to all pixels"
+        later = " and SOS. Grey: not seen, since it comes later." if has_sos else "."
+        figure.suptitle(f"{title}\n{scale}{later}", fontsize=8)
         return _picture(figure)
 
 
