@@ -675,7 +675,9 @@ def test_image_sizes(given, kept):
         assert kind(image_size=given).image_size == kept
 
 
-@pytest.mark.parametrize("given", ["0x4", "32x", "x", "axb", "4097", "8x16x3", "32 16", "-8", "8.0", 32.5, True, (), ""])
+@pytest.mark.parametrize(
+    "given", ["0x4", "32x", "x", "axb", "4097", "8x16x3", "32 16", "-8", "8.0", 32.5, True, (), ""]
+)
 def test_image_sizes_that_are_none(given):
     for kind in (DataArguments, PlanArguments):
         with pytest.raises(ValueError, match="--image_size is a whole number from 1 to 4096, or two of them, height x"):

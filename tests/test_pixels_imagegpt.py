@@ -19,7 +19,14 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging as transformers_logging
 
 from hf_igpt import pixels_imagegpt
-from hf_igpt.pixels_imagegpt import convert_to_rgb, crop_to_proportions, open_image, reduce_depth, to_pixels, to_rgb_image
+from hf_igpt.pixels_imagegpt import (
+    convert_to_rgb,
+    crop_to_proportions,
+    open_image,
+    reduce_depth,
+    to_pixels,
+    to_rgb_image,
+)
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)

@@ -57,7 +57,12 @@ def test_attention_maps_end_at_the_pixel():
     def count(picture, color):
         return int((picture == color).all(axis=-1).sum())
 
-    for color in ((10, 200, 30), (0, 0, 3), (252, 254, 164), (0, 255, 255)):  # image; inferno's ends; the pixel's outline
+    for color in (
+        (10, 200, 30),
+        (0, 0, 3),
+        (252, 254, 164),
+        (0, 255, 255),
+    ):  # image; inferno's ends; the pixel's outline
         assert count(causal, color) > 20
     shares[..., 0], shares[..., 31] = 0, 0.5
     masked = np.asarray(attention_maps(image, shares, (3, 1), "$cat$"))

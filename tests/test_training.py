@@ -599,7 +599,9 @@ def test_all_that_follows_on_images_that_are_not_square(tall, tmp_path, greys, c
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
     photos = [str(tmp_path / "photos")]
     model, processor = AutoModelForCausalLM.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
-    tokens = processor([Image.open(tmp_path / "photos" / f"{i}.png") for i in range(2)], return_tensors="pt")["input_ids"]
+    tokens = processor([Image.open(tmp_path / "photos" / f"{i}.png") for i in range(2)], return_tensors="pt")[
+        "input_ids"
+    ]
     drawn = complete(model, processor, tokens=tokens, rows=3, num_completions=2, return_tokens=True)
     assert torch.equal(drawn[:, :, :12], tokens[:, None, :12].expand(-1, 2, -1))
     with pytest.raises(ValueError, match="between 0 and the image's height, 8; found 9"):

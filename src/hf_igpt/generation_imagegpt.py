@@ -413,12 +413,9 @@ def fill_in(
     """
     tokens, mask = tokens.to(model.device), mask.to(model.device)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    order = torch.zeros(mask.shape)
-    if steps > 1:  # the round in which a hidden pixel is revealed, as even as can be
-        shuffled = torch.rand(mask.shape, generator=generator).masked_fill(~mask.cpu(), 2).argsort(dim=1).argsort(dim=1)
-        order = shuffled * steps // mask.sum(dim=1, keepdim=True).cpu().clamp(min=1)
+    rounds = draw_rounds(mask.cpu(), steps, generator)
     for step in range(steps):
-        reveals = (order == step).to(mask.device) & mask
+        reveals = (rounds == step).to(mask.device)
         if not reveals.any():
             continue
         with evaluation_mode(model):
@@ -427,6 +424,15 @@ def fill_in(
         tokens = torch.where(reveals, drawn.to(tokens.device), tokens)
         mask = mask & ~reveals
     return tokens.cpu()
+
+
+def draw_rounds(mask: torch.Tensor, steps: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draw in which round `fill_in` reveals each hidden pixel of `mask` (B, N): 0..steps-1, as evenly as can be; -1 if known."""
+    rounds = torch.zeros(mask.shape, dtype=torch.long)
+    if steps > 1:
+        shuffled = torch.rand(mask.shape, generator=generator).masked_fill(~mask, 2).argsort(dim=1).argsort(dim=1)
+        rounds = shuffled * steps // mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return rounds.masked_fill(~mask, -1)
 
 
 class _Progress(StoppingCriteria):

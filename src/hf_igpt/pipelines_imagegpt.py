@@ -67,7 +67,9 @@ class ImageCompletionPipeline(Pipeline):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         height = self.image_processor.token_grid()[0]
         if read_rows(rows, height).ndim:
-            raise ValueError(f"A pipeline keeps one number of rows of all its images; found {rows}. `complete` takes several.")
+            raise ValueError(
+                f"A pipeline keeps one number of rows of all its images; found {rows}. `complete` takes several."
+            )
         if num_completions is not None and num_completions < 1:
             raise ValueError(f"num_completions is at least 1; found {num_completions}.")
         options = {"rows": rows, "num_completions": num_completions, "seed": seed}

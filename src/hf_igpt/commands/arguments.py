@@ -71,6 +71,16 @@ class SampleArguments:
         metadata={"help": "Box that is drawn anew in each image: left top right bottom, in fractions of it."},
     )
     num_completions: int = field(default=5, metadata={"help": "Completions of each image."})
+    gif: bool = field(
+        default=False,
+        metadata={"help": "Also write a GIF of the images appearing pixel by pixel, beside each picture."},
+    )
+    seen: bool = field(
+        default=False,
+        metadata={
+            "help": "Also write seen.png: what the model sees of the given images, resized, in its colours, as tokens."
+        },
+    )
     particles: int = field(
         default=INPAINTING_PARTICLES,
         metadata={

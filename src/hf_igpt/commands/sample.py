@@ -10,8 +10,8 @@ import torch
 from .. import data
 from ..configuration_imagegpt import ImageGPTConfig
 from ..evaluation.held_out import select_held_out
-from ..evaluation.records import save_picture
-from ..generation_imagegpt import complete, find_hidden, inpaint_tokens, sample
+from ..evaluation.records import save_animation, save_picture
+from ..generation_imagegpt import complete, draw_rounds, find_hidden, inpaint_tokens, sample
 from ..modeling_imagegpt import GENERATIVE_MODELS
 from ..reporting import plots
 from .arguments import SampleArguments
@@ -20,11 +20,15 @@ from .folders import check_model_exists, folder_beside, load_trained
 
 
 def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
-    """Write `samples.png`, and `completions.png` or `inpainted.png`, as the arguments ask; returns their paths."""
+    """Write `samples.png`, and `completions.png` or `inpainted.png`, as the arguments ask; returns their paths.
+
+    With `gif` each has a GIF of the same name beside it, and with `seen` there is `seen.png`.
+    """
     asked = [name for name in ("rows", "mask", "box") if getattr(args, name) is not None]
-    if asked and not (args.images or args.num_held_out):
+    of_given = asked + ["seen"] * args.seen
+    if of_given and not (args.images or args.num_held_out):
         raise ValueError(
-            f"--{asked[0]} applies to images that are completed: name them with --images or --num_held_out."
+            f"--{of_given[0]} applies to images that are completed: name them with --images or --num_held_out."
         )
     if len(asked) > 1:
         raise ValueError(f"--{asked[0]} and --{asked[1]} each say what is drawn: give one of them.")
@@ -58,10 +62,17 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
     num_images = args.num_images or (0 if given else 16)
     if num_images:
         start = time.perf_counter()
-        pictures: Any = sample(model, processor, num_images, **options)
+        tokens: Any = sample(model, processor, num_images, **options, return_tokens=True)
         print(f"Drew {num_images} images, {(time.perf_counter() - start) / num_images * 1000:.0f} ms each")
         written.append(folder / "samples.png")
-        save_picture(plots.square_grid(pictures), written[-1])
+        save_picture(plots.square_grid(processor.decode(tokens)), written[-1])
+        if args.gif:
+            order = np.broadcast_to(np.arange(1, tokens.shape[1] + 1), tokens.shape)
+            written.append(folder / "samples.gif")
+            save_animation(plots.drawing_frames(processor, tokens.numpy(), order), written[-1])
+    if given and args.seen:
+        written.append(folder / "seen.png")
+        save_picture(plots.pictures_seen(processor, given), written[-1])
     if hidden is not None:
         tokens = processor(given, return_tensors="pt")["input_ids"]
         options |= {"particles": args.particles, "steps": args.steps}
@@ -72,10 +83,33 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
         rows = plots.picture_of_completions(processor, given, [processor.decode(row) for row in drawn], hidden=hidden)
         save_picture(plots.completions_picture(rows), written[-1])
     elif given:
-        completions: Any = complete(model, processor, given, args.rows, args.num_completions, **options)
+        tokens = processor(given, return_tensors="pt")["input_ids"]
+        drawn = complete(
+            model, processor, None, args.rows, args.num_completions, tokens=tokens, **options, return_tokens=True
+        )
+        kept = height // 2 if args.rows is None else args.rows
+        hidden = np.broadcast_to(np.arange(tokens.shape[1]) >= kept * processor.token_grid()[1], tokens.shape)
         written.append(folder / "completions.png")
-        rows = plots.picture_of_completions(processor, given, completions, args.rows)
+        rows = plots.picture_of_completions(processor, given, [processor.decode(row) for row in drawn], args.rows)
         save_picture(plots.completions_picture(rows), written[-1])
+    if args.gif and hidden is not None:
+        order = np.stack([find_order(mask, args, objective) for mask in hidden])
+        both = np.concatenate([tokens[:, None], drawn], axis=1)  # each image itself, and what was made of it
+        order = np.concatenate([np.zeros_like(order[:, :1]), order], axis=1)
+        written.append(written[-1].with_suffix(".gif"))
+        frames = plots.drawing_frames(
+            processor, *(part.reshape(-1, part.shape[2]) for part in (both, order)), both.shape[1]
+        )
+        save_animation(frames, written[-1])
     for path in written:
         print(f"Wrote {path}")
     return written
+
+
+def find_order(hidden: np.ndarray, args: SampleArguments, objective: str) -> np.ndarray:
+    """When each pixel of the completions of one image is drawn, (num_completions, N): 0 if it is known, else from 1 on."""
+    mask = torch.from_numpy(hidden.copy()).expand(args.num_completions, -1)
+    if objective == "masked":
+        rounds = draw_rounds(mask, args.steps, torch.Generator().manual_seed(args.seed))  # as `fill_in` draws them
+        return rounds.numpy() + 1
+    return np.where(mask, mask.cumsum(1), 0)

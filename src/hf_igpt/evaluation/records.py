@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -148,6 +149,21 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         picture.save(partial, format="PNG")
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path, seconds: float = 4.0) -> None:
+    """Write frames as a GIF that repeats, whole or not at all: `seconds` of them, and the last for half as long again.
+
+    All frames share one palette: the colours of the first and the last, or 256 that are near to them.
+    """
+    both = np.concatenate([np.asarray(frames[0].convert("RGB")), np.asarray(frames[-1].convert("RGB"))])
+    palette = Image.fromarray(both).quantize(256, dither=Image.Dither.NONE)
+    reduced = [frame.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    each = int(1000 * seconds / len(frames))
+    durations = [each] * (len(frames) - 1) + [int(500 * seconds)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        reduced[0].save(partial, "GIF", save_all=True, append_images=reduced[1:], duration=durations, loop=0)
 
 
 def own_file(folder: str | Path, name: str) -> Path:

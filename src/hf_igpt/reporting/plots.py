@@ -30,6 +30,7 @@ CAPTIONS = {  # of the pictures in a run's folder
 }
 _PICTURE_SIDE = 96  # pixels, at least, that each small image is enlarged to
 _GAP = 4  # pixels between images
+_FRAMES = 41  # of an animation, at most
 _HIDDEN = (230, 0, 160)  # colour of hidden pixels, which no photo is full of
 
 
@@ -76,6 +77,61 @@ def square_grid(images: list[Image.Image]) -> Image.Image:
     """As many columns as rows, or nearly."""
     columns = int(np.ceil(np.sqrt(len(images))))
     return image_grid([images[start : start + columns] for start in range(0, len(images), columns)])
+
+
+def drawing_frames(
+    processor: AnyImageProcessor, tokens: np.ndarray, order: np.ndarray, columns: int | None = None
+) -> list[Image.Image]:
+    """Pictures of images appearing, each frame with a few more pixels; those not drawn yet are grey.
+
+    columns: images in a row, by default as in `square_grid`. tokens, order: (n, N). order: 0 of pixels that are there from the beginning, of others 1, 2, … as they are drawn.
+    """
+    columns, frames = columns or int(np.ceil(np.sqrt(len(tokens)))), []
+    for last in np.unique(np.linspace(0, order.max(), _FRAMES).round()):
+        images = processor.decode(np.where(order <= last, tokens, IGNORE_INDEX), missing="grey")
+        frames.append(image_grid([images[start : start + columns] for start in range(0, len(images), columns)]))
+    return frames
+
+
+def pictures_seen(processor: AnyImageProcessor, images: Sequence[Image.Image]) -> Image.Image:
+    """What a model sees of images: each as it is, as it is cropped and resized, in the palette's colours, and as tokens."""
+    tokens = processor(list(images), return_tensors="np")["input_ids"]
+    plain = {"do_color_quantize": False, "do_rescale": False, "do_normalize": False}
+    (height, width), n_colors = processor.token_grid(), len(processor.palette)
+    changed = "cropped and resized" if processor.do_center_crop else "resized"
+    titles = [
+        "image",
+        f"{changed} to {height}x{width}",
+        f"nearest of {n_colors} colours",
+        f"tokens: numbers of colours, 0 to {n_colors - 1}",
+    ]
+    wide, high = (2.2 * side / max(height, width) for side in (width, height))  # inches
+    size = (3 * max(wide, 1.8) + 3, len(images) * (max(high, 1.8) + 0.1) + 0.4)
+    with _figure(len(images), 4, figsize=size, squeeze=False, layout="constrained") as (figure, axes):
+        for image, row, decoded, line in zip(images, tokens, processor.decode(tokens), axes, strict=True):
+            small = image.convert("RGB")
+            small.thumbnail((512, 512))
+            resized = np.asarray(processor(image, **plain)["pixel_values"][0]).transpose(1, 2, 0)
+            for axis, shown in zip(line, (small, resized.astype(np.uint8), decoded), strict=False):
+                axis.imshow(np.asarray(shown), interpolation="nearest")
+            line[0].set_xlabel(f"{image.height}x{image.width} pixels", fontsize=7)
+            line[3].imshow(
+                row.reshape(height, width), cmap="viridis", vmin=0, vmax=n_colors - 1, interpolation="nearest"
+            )
+            line[3].set_xlabel(f"{', '.join(map(str, row[:6]))}, …: {len(row):,} in all", fontsize=7)
+            if width <= 12:
+                for place, token in enumerate(row):
+                    light = token > 0.6 * n_colors
+                    line[3].text(
+                        *(place % width, place // width, str(token)),
+                        **{"color": "black" if light else "white", "fontsize": 5, "ha": "center", "va": "center"},
+                    )
+        for title, axis in zip(titles, axes[0], strict=True):
+            axis.set_title(title, fontsize=8)
+        for axis in axes.flat:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        return _picture(figure)
 
 
 def completions_picture(rows: list[list[Image.Image]]) -> Image.Image:
@@ -370,7 +426,9 @@ def attention_maps(image: Image.Image, shares: np.ndarray, pixel: tuple[int, int
             [f"block {block}" for block in range(n_layer)],
         )
         title = f"What is looked at when row {row}, column {column} (outlined) is predicted"
-        scale = "Bright: much attention. Each map goes from 0 to its max, in percent of what the head gives to all pixels"
+        scale = (
+            "Bright: much attention. Each map goes from 0 to its max, in percent of what the head gives to all pixels"
+        )
         later = " and SOS. Grey: not seen, since it comes later." if has_sos else "."
         figure.suptitle(f"{title}\n{scale}{later}", fontsize=8)
         return _picture(figure)

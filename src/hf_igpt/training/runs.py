@@ -154,7 +154,9 @@ def new_config(
 ) -> ImageGPTConfig:
     """Make the configuration of a new model of --size for the processor's images, with `overrides` and --config_overrides."""
     overrides = {"objective": args.objective or "causal"} | overrides
-    config = ImageGPTConfig.from_preset(args.size, image_size=processor.token_grid(), n_colors=len(processor.palette), **overrides)
+    config = ImageGPTConfig.from_preset(
+        args.size, image_size=processor.token_grid(), n_colors=len(processor.palette), **overrides
+    )
     if model_args.config_overrides:
         known = config.to_dict()
         config.update_from_string(model_args.config_overrides)
