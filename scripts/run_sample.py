@@ -6,7 +6,8 @@
     python scripts/run_sample.py --model_name_or_path outputs/pretrain --num_held_out 6 --box 0.25 0.25 0.75 0.75
 
 Seconds for small models; a hole takes as long as --particles whole images. Writes samples.png, and completions.png or
-inpainted.png (original, given part, completions) to --output_dir.
+inpainted.png (original, given part, completions) to --output_dir; with --gif also films of the drawing, with --seen what the model
+sees of given images.
 Temperature 1 and nothing truncated, as in the paper, unless told otherwise.
 """
 

@@ -5,7 +5,8 @@
     python scripts/run_score.py --model_name_or_path outputs/pretrain --num_held_out 9 --attention 4 3          # row, column
 
 Seconds for small models. Writes scores.csv, score.json, surprise.png (images next to maps of their pixels' surprise) and
-histogram.png to score/ in the model's folder or --output_dir. With --compare, also how well nats per pixel tells images of
+histogram.png to score/ in the model's folder or --output_dir. With --attention also attention-1.png and so on: what that pixel
+looks at in each image of surprise.png, by block and head, computed eagerly while the model's own attention stays. With --compare, also how well nats per pixel tells images of
 another kind from those scored (AUROC).
 """
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomized, small_config
-from PIL import Image
+from PIL import Image, ImageSequence
 from transformers import GenerationMixin
 
 from hf_igpt import (
@@ -22,7 +22,8 @@ from hf_igpt.cache_imagegpt import RoomyLayer
 from hf_igpt.commands.folders import folder_beside
 from hf_igpt.commands.sample import SampleArguments, draw
 from hf_igpt.data import DataArguments
-from hf_igpt.generation_imagegpt import complete, fill_in, find_hidden, inpaint, inpaint_tokens, sample
+from hf_igpt.evaluation.records import save_animation
+from hf_igpt.generation_imagegpt import complete, draw_rounds, fill_in, find_hidden, inpaint, inpaint_tokens, sample
 from hf_igpt.pipelines_imagegpt import ImageCompletionPipeline
 from hf_igpt.reporting.plots import picture_of_completions
 
@@ -487,7 +488,19 @@ def test_the_script_fills_holes(processor, tmp_path, objective, capsys):
         args = SampleArguments(str(tmp_path), output_dir=str(tmp_path / "out"), **options, **hole)
         assert draw(args, DataArguments()) == [tmp_path / "out" / "inpainted.png"]
         assert ("Nats per known pixel" in capsys.readouterr().out) == (objective == "causal")
+    (place,) = (tmp_path / "out").glob("*")
+    args = SampleArguments(str(tmp_path), output_dir=str(tmp_path / "out"), **options, **hole, gif=True, seen=True)
+    names = [path.name for path in draw(args, DataArguments())]
+    assert (place.name, names) == ("inpainted.png", ["seen.png", "inpainted.png", "inpainted.gif"])
+    with Image.open(tmp_path / "out" / "inpainted.gif") as film:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)]
+    assert len(frames) == 17  # none of 16 hidden pixels, one, …
+    for before, after in itertools.pairwise(frames):  # the picture itself, and two completions, each pixel 12x12
+        changed = (before != after).any(axis=-1)
+        assert 0 <= changed.sum() <= 2 * 12 * 12 and not changed[:, :104].any()
+        assert (before[changed] == 128).all()
     for wrong, message in (
+        ({"seen": True, "images": []}, "--seen applies to images"),
         ({"mask": "a.png", "rows": 2}, "--rows and --mask each say"),
         ({"mask": "a.png", "images": []}, "--mask applies to images"),
         ({"box": [0.0, 0.0, 0.0, 0.0]}, "left < right"),
@@ -495,3 +508,53 @@ def test_the_script_fills_holes(processor, tmp_path, objective, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             draw(SampleArguments(str(tmp_path), **options | wrong), DataArguments())
+
+
+@pytest.mark.parametrize("steps", [1, 3, 16])
+def test_rounds_are_those_in_which_pixels_are_revealed(processor, monkeypatch, steps):
+    model = randomized(ImageGPTForMaskedImageModeling(small_config(objective="masked")))
+    tokens, mask = processor(images(2), return_tensors="pt")["input_ids"], torch.zeros(2, 64, dtype=torch.bool)
+    mask[0, 5:21], mask[1, ::4] = True, True
+    left = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: left.append(kwargs["bool_masked_pos"]), with_kwargs=True)
+    fill_in(model, tokens, mask, steps=steps, seed=3)
+    rounds = draw_rounds(mask, steps, torch.Generator().manual_seed(3))
+    assert len(left) == steps and (rounds[~mask] == -1).all()
+    for step, hidden in enumerate(left):
+        assert torch.equal(hidden, rounds >= step)
+
+
+def test_films_of_samples_and_completions(model, processor, tmp_path):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    images(1, size=20)[0].save(tmp_path / "photo.png")
+    given = {"num_images": 3, "images": [str(tmp_path / "photo.png")], "num_completions": 1, "rows": 2}
+    plain = draw(SampleArguments(str(tmp_path), output_dir=str(tmp_path / "a"), **given), DataArguments())
+    both = draw(SampleArguments(str(tmp_path), output_dir=str(tmp_path / "b"), gif=True, **given), DataArguments())
+    assert [path.name for path in both] == ["samples.png", "samples.gif", "completions.png", "completions.gif"]
+    for path in plain:  # the pictures are the same
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    assert {path.suffix for path in (tmp_path / "b").iterdir()} == {".png", ".gif"}
+    with Image.open(tmp_path / "b" / "samples.gif") as film, Image.open(tmp_path / "b" / "samples.png") as whole:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(film)]
+        assert film.n_frames == 41 and film.info["loop"] == 0 and film.size == whole.size == (204, 204)
+        assert np.array_equal(np.asarray(frames[-1]), np.asarray(whole))  # few colours stay exact
+    first = np.asarray(frames[0])
+    assert (first[4:100, 4:100] == 128).all() and len(np.unique(first)) == 2  # grey on white
+    shown = np.asarray(frames[10])[4:100, 4:100][6::12, 6::12].reshape(
+        64, 3
+    )  # a quarter of the pixels, in raster order
+    assert (shown[16:] == 128).all() and np.array_equal(
+        shown[:16], np.asarray(frames[-1])[4:100, 4:100][6::12, 6::12].reshape(64, 3)[:16]
+    )
+    with Image.open(tmp_path / "b" / "completions.gif") as film:
+        start = np.asarray(film.convert("RGB"))[4:100, 104:200]
+    assert (start[24:] == 128).all() and not (start[:24] == 128).all(axis=-1).any()
+
+
+def test_a_film_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
+    monkeypatch.setattr(Image.Image, "save", lambda self, file, *args, **options: file.write_bytes(b"GIF") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_animation(frames, tmp_path / "film.gif")
+    assert not list(tmp_path.iterdir())

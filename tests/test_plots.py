@@ -1,8 +1,10 @@
 """Pictures have the pixels they should."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from hf_igpt import ImageGPTImageProcessorPil
 from hf_igpt.clusters import to_grey_levels
 from hf_igpt.reporting.plots import (
     attention_maps,
@@ -10,6 +12,7 @@ from hf_igpt.reporting.plots import (
     histogram,
     image_grid,
     palette_picture,
+    pictures_seen,
     square_grid,
     surprise_maps,
     training_curve,
@@ -46,6 +49,21 @@ def test_surprise_maps_show_images_as_they_are_in_one_scale():
     many = surprise_maps(images * 5, np.concatenate([maps] * 5), ["title"] * 10)
     assert many.height > 2.5 * two.height and many.width < 3 * two.width
     assert surprise_maps(images[:1], np.zeros((1, 8, 8)), [""]).size == one.size
+
+
+@pytest.mark.parametrize("crops", [True, False])
+def test_what_is_seen_is_shown(crops, palette):
+    processor = ImageGPTImageProcessorPil(clusters=palette, size=(8, 4), do_center_crop=crops)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 33, 3), dtype=np.uint8))
+    colors = {tuple(color) for color in np.asarray(pictures_seen(processor, [image])).reshape(-1, 3)}
+    seen = np.asarray(processor.decode(processor(image)["input_ids"])[0]).reshape(-1, 3)
+    window = image.crop((11, 0, 21, 20)) if crops else image
+    resized = np.asarray(window.resize((4, 8), Image.Resampling.BILINEAR)).reshape(-1, 3)
+    for expected in (seen, resized):
+        assert {tuple(color) for color in expected} <= colors
+    assert ((0, 255, 255) in colors) == crops
+    two = pictures_seen(processor, [image, image.resize((1000, 900))])
+    assert two.height > 1.5 * pictures_seen(processor, [image]).height
 
 
 def test_attention_maps_end_at_the_pixel():

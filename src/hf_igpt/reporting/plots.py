@@ -14,6 +14,7 @@ from ..data import read_image
 from ..evaluation.records import Record, describe_model, own_file
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..inputs_imagegpt import IGNORE_INDEX
+from ..pixels_imagegpt import crop_to_proportions
 
 
 CAPTIONS = {  # of the pictures in a run's folder
@@ -94,38 +95,44 @@ def drawing_frames(
 
 
 def pictures_seen(processor: AnyImageProcessor, images: Sequence[Image.Image]) -> Image.Image:
-    """What a model sees of images: each as it is, as it is cropped and resized, in the palette's colours, and as tokens."""
+    """What a model sees of images: each as it is, as it is cropped and resized, in the palette's colours, and as tokens.
+
+    The window that is cropped before resizing is outlined. Tokens have their numbers on them where there is room.
+    """
+    from matplotlib.patches import Rectangle
+
     tokens = processor(list(images), return_tensors="np")["input_ids"]
     plain = {"do_color_quantize": False, "do_rescale": False, "do_normalize": False}
-    (height, width), n_colors = processor.token_grid(), len(processor.palette)
-    changed = "cropped and resized" if processor.do_center_crop else "resized"
+    grid, n_colors = processor.token_grid(), len(processor.palette)
+    height, width = grid
+    crops = processor.do_center_crop and processor.crop_size in (None, processor.size)
     titles = [
         "image",
-        f"{changed} to {height}x{width}",
+        f"{'cropped and ' if processor.do_center_crop else ''}resized to {height}x{width}",
         f"nearest of {n_colors} colours",
-        f"tokens: numbers of colours, 0 to {n_colors - 1}",
+        f"{height * width:,} tokens, 0 to {n_colors - 1}",
     ]
-    wide, high = (2.2 * side / max(height, width) for side in (width, height))  # inches
-    size = (3 * max(wide, 1.8) + 3, len(images) * (max(high, 1.8) + 0.1) + 0.4)
+    wide, high = (max(1.8, 2.2 * side / max(grid)) for side in (width, height))  # inches
+    size = (3 * wide + 3, len(images) * (high + 0.2) + 0.4)
     with _figure(len(images), 4, figsize=size, squeeze=False, layout="constrained") as (figure, axes):
         for image, row, decoded, line in zip(images, tokens, processor.decode(tokens), axes, strict=True):
             small = image.convert("RGB")
             small.thumbnail((512, 512))
-            resized = np.asarray(processor(image, **plain)["pixel_values"][0]).transpose(1, 2, 0)
-            for axis, shown in zip(line, (small, resized.astype(np.uint8), decoded), strict=False):
+            resized = np.asarray(processor(image, **plain)["pixel_values"][0]).transpose(1, 2, 0).astype(np.uint8)
+            for axis, shown in zip(line, (small, resized, decoded), strict=False):
                 axis.imshow(np.asarray(shown), interpolation="nearest")
+            if crops:
+                places = np.indices((small.height, small.width))  # (2, H, W): row and column of each pixel
+                (top, bottom), (left, right) = ((p.min(), p.max()) for p in crop_to_proportions(places, grid))
+                window = (left - 0.5, top - 0.5), right - left + 1, bottom - top + 1
+                line[0].add_patch(Rectangle(*window, fill=False, edgecolor="cyan", linewidth=1.5))
             line[0].set_xlabel(f"{image.height}x{image.width} pixels", fontsize=7)
-            line[3].imshow(
-                row.reshape(height, width), cmap="viridis", vmin=0, vmax=n_colors - 1, interpolation="nearest"
-            )
-            line[3].set_xlabel(f"{', '.join(map(str, row[:6]))}, …: {len(row):,} in all", fontsize=7)
-            if width <= 12:
-                for place, token in enumerate(row):
-                    light = token > 0.6 * n_colors
-                    line[3].text(
-                        *(place % width, place // width, str(token)),
-                        **{"color": "black" if light else "white", "fontsize": 5, "ha": "center", "va": "center"},
-                    )
+            line[3].imshow(row.reshape(grid), cmap="viridis", vmin=0, vmax=n_colors - 1, interpolation="nearest")
+            line[3].set_xlabel(f"{', '.join(map(str, row[:4]))}, …", fontsize=7)
+            for place, token in enumerate(row if max(grid) <= 12 else []):
+                color = "black" if token > 0.6 * n_colors else "white"
+                x, y = place % width, place // width
+                line[3].text(x, y, str(token), color=color, fontsize=6, ha="center", va="center")
         for title, axis in zip(titles, axes[0], strict=True):
             axis.set_title(title, fontsize=8)
         for axis in axes.flat:
@@ -137,8 +144,8 @@ def pictures_seen(processor: AnyImageProcessor, images: Sequence[Image.Image]) -
 def completions_picture(rows: list[list[Image.Image]]) -> Image.Image:
     """`image_grid` of rows [original, given part, completion, …] with the columns named above."""
     n_columns, (width, height) = len(rows[0]), rows[0][0].size
-    wide, high = (side / max(height, width) for side in (width, height))  # inches
-    size = (max(3, n_columns * wide), len(rows) * high + 0.3)
+    wide, high = (max(0.75, side / max(height, width)) for side in (width, height))  # inches, with room for titles
+    size = (n_columns * wide, len(rows) * high + 0.3)
     with _figure(len(rows), n_columns, figsize=size, squeeze=False) as (figure, axes):
         titles = ["original", "given", "completions"]
         for axis, title in zip(axes[0], titles, strict=False):
