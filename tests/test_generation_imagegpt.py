@@ -547,6 +547,11 @@ def test_films_of_samples_and_completions(model, processor, tmp_path):
     assert (shown[16:] == 128).all() and np.array_equal(
         shown[:16], np.asarray(frames[-1])[4:100, 4:100][6::12, 6::12].reshape(64, 3)[:16]
     )
+    draw(
+        SampleArguments(str(tmp_path), output_dir=str(tmp_path / "c"), gif=True, **given | {"rows": 8}), DataArguments()
+    )
+    with Image.open(tmp_path / "c" / "completions.gif") as film:  # of which nothing is drawn
+        assert film.size == (204, 104) and not (np.asarray(film.convert("RGB"))[4:100, 104:200] == 128).all(-1).any()
     with Image.open(tmp_path / "b" / "completions.gif") as film:
         start = np.asarray(film.convert("RGB"))[4:100, 104:200]
     assert (start[24:] == 128).all() and not (start[:24] == 128).all(axis=-1).any()

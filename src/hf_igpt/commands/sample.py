@@ -73,6 +73,7 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
     if given and args.seen:
         written.append(folder / "seen.png")
         save_picture(plots.pictures_seen(processor, given), written[-1])
+    drawn: Any
     if hidden is not None:
         tokens = processor(given, return_tensors="pt")["input_ids"]
         options |= {"particles": args.particles, "steps": args.steps}
@@ -80,27 +81,22 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
         if nats is not None:
             print(f"Nats per known pixel: {', '.join(f'{-value:.3f}' for value in nats.tolist())}")
         written.append(folder / "inpainted.png")
-        rows = plots.picture_of_completions(processor, given, [processor.decode(row) for row in drawn], hidden=hidden)
-        save_picture(plots.completions_picture(rows), written[-1])
     elif given:
         tokens = processor(given, return_tensors="pt")["input_ids"]
-        drawn = complete(
-            model, processor, None, args.rows, args.num_completions, tokens=tokens, **options, return_tokens=True
-        )
-        kept = height // 2 if args.rows is None else args.rows
-        hidden = np.broadcast_to(np.arange(tokens.shape[1]) >= kept * processor.token_grid()[1], tokens.shape)
+        options |= {"tokens": tokens, "return_tokens": True}
+        drawn = complete(model, processor, None, args.rows, args.num_completions, **options)
+        kept = (height // 2 if args.rows is None else args.rows) * processor.token_grid()[1]
+        hidden = np.broadcast_to(np.arange(tokens.shape[1]) >= kept, tokens.shape)
         written.append(folder / "completions.png")
-        rows = plots.picture_of_completions(processor, given, [processor.decode(row) for row in drawn], args.rows)
+    if hidden is not None:
+        rows = plots.picture_of_completions(processor, given, [processor.decode(row) for row in drawn], hidden=hidden)
         save_picture(plots.completions_picture(rows), written[-1])
-    if args.gif and hidden is not None:
-        order = np.stack([find_order(mask, args, objective) for mask in hidden])
-        both = np.concatenate([tokens[:, None], drawn], axis=1)  # each image itself, and what was made of it
-        order = np.concatenate([np.zeros_like(order[:, :1]), order], axis=1)
-        written.append(written[-1].with_suffix(".gif"))
-        frames = plots.drawing_frames(
-            processor, *(part.reshape(-1, part.shape[2]) for part in (both, order)), both.shape[1]
-        )
-        save_animation(frames, written[-1])
+        if args.gif:  # in each row the image itself, and what was made of it
+            order = np.stack([find_order(mask, args, objective) for mask in hidden])
+            order = np.concatenate([np.zeros_like(order[:, :1]), order], axis=1).reshape(-1, order.shape[2])
+            shown = torch.cat([tokens[:, None], drawn], dim=1).flatten(0, 1).numpy()
+            written.append(written[-1].with_suffix(".gif"))
+            save_animation(plots.drawing_frames(processor, shown, order, 1 + args.num_completions), written[-1])
     for path in written:
         print(f"Wrote {path}")
     return written

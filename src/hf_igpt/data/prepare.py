@@ -265,7 +265,7 @@ def load_processor(name: str, args: DataArguments, hub_source: dict[str, Any] | 
     if args.image_size:
         height, width = choose_image_size(args)
         own = processor.size.get("height"), processor.size.get("width")
-        if own != (height, width) and None not in own and math.prod(own) == height * width:
+        if own != (height, width) and math.prod(side or 0 for side in own) == height * width:
             raise ValueError(
                 f"--image_size {height}x{width}: the image processor of {name} makes images of {own[0]}x{own[1]}, which have as many "
                 "pixels, so that its model would take one for the other: leave it out. Of a processor that only lends its palette, "

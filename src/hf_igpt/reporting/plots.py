@@ -123,7 +123,9 @@ def pictures_seen(processor: AnyImageProcessor, images: Sequence[Image.Image]) -
                 axis.imshow(np.asarray(shown), interpolation="nearest")
             if crops:
                 places = np.indices((small.height, small.width))  # (2, H, W): row and column of each pixel
-                (top, bottom), (left, right) = ((p.min(), p.max()) for p in crop_to_proportions(places, grid))
+                (top, bottom), (left, right) = (
+                    (p.min(), p.max()) for p in np.asarray(crop_to_proportions(places, grid))
+                )
                 window = (left - 0.5, top - 0.5), right - left + 1, bottom - top + 1
                 line[0].add_patch(Rectangle(*window, fill=False, edgecolor="cyan", linewidth=1.5))
             line[0].set_xlabel(f"{image.height}x{image.width} pixels", fontsize=7)
