@@ -116,13 +116,15 @@ def cut_candidates(generator: CandidateGenerator, length: int) -> CandidateGener
 
 
 class _WithSOS(LogitsProcessor):
-    """A processor that takes the scores of K + 1 tokens, as `vocab_size` says, on those of the K colours."""
+    """A processor that takes the scores of all tokens that inputs hold, on those of the K colours."""
 
-    def __init__(self, processor: LogitsProcessor) -> None:
+    def __init__(self, processor: LogitsProcessor, n_others: int) -> None:
         self.processor = processor
+        self.n_others = n_others
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        return self.processor(input_ids, nn.functional.pad(scores, (0, 1), value=-torch.inf))[:, :-1]
+        padded = nn.functional.pad(scores, (0, self.n_others), value=-torch.inf)
+        return self.processor(input_ids, padded)[:, : -self.n_others]
 
 
 _COUNT_SOS = (
@@ -132,6 +134,9 @@ _COUNT_SOS = (
 )
 
 
-def with_sos(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """Give processors that index scores by prompts or by `vocab_size` one for SOS, −inf, which the model has none for."""
-    return LogitsProcessorList([_WithSOS(each) if isinstance(each, _COUNT_SOS) else each for each in processors])
+def with_sos(processors: LogitsProcessorList, n_class_tokens: int = 0) -> LogitsProcessorList:
+    """Give processors that index scores by prompts or by `vocab_size` those of SOS and of classes, −inf: the model has none."""
+    others = 1 + n_class_tokens
+    return LogitsProcessorList(
+        [_WithSOS(each, others) if isinstance(each, _COUNT_SOS) else each for each in processors]
+    )

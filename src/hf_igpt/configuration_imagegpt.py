@@ -25,7 +25,7 @@ from .presets import IMAGE_SIZE, N_COLORS, SIZES
 
 NEEDS_HF_IGPT = (
     "This Image GPT needs the package hf_igpt (pip install hf_igpt, then `import hf_igpt`): transformers' own ImageGPT has "
-    "neither the masked objective nor classifiers that are fed SOS, and would give wrong results."
+    "no masked objective, no classes and no classifiers that are fed SOS, and would give wrong results."
 )
 _FEATURES = "image-feature-extraction"
 _MAX_PARAMETERS = 10**12
@@ -66,6 +66,7 @@ _ABSENT: Allowed = (lambda value: value is None, "not supported by Image GPT, an
 # from taking all memory.
 _FIELDS: dict[str, Allowed] = {
     "vocab_size": _number(int, 2, 2**24 + 1),  # all colours of 8 bits per channel, and SOS
+    "n_class_tokens": _number(int, 0, _MAX_CLASSES),
     "n_positions": _number(int, 1, 2**24),  # 4096 x 4096 pixels
     "n_embd": _number(int, 1, 2**17),
     "n_layer": _number(int, 1, 2**12),
@@ -151,6 +152,10 @@ class ImageGPTConfig(PreTrainedConfig):
 
     objective (`"causal"` or `"masked"`, defaults to `"causal"`):
         What the weights were trained to predict: the next pixel, or masked pixels (BERT-style).
+    n_class_tokens (`int`, defaults to 0):
+        The number C of classes that a causal model can be told to draw. Input tokens K + 1 … K + C, the last rows of the
+        embeddings, stand in the place of SOS and say which class an image is of; SOS itself says none. The names are
+        those in `id2label`.
     sos_inputs (`bool`, defaults to `False`):
         Whether a classifier on a causal model reads [SOS, x_0 … x_{N-2}], as in OpenAI's code, or x_0 … x_{N-1}, as
         in transformers.
@@ -165,7 +170,7 @@ class ImageGPTConfig(PreTrainedConfig):
     value that is not supported is a ValueError that names the field, before any memory is taken; so are values beyond
     4,096 blocks, a width of 131,072, an inner width of 1,048,576, 4096 x 4096 pixels, 2^24 colours, 1,000,000 classes, or
     10^12 parameters. Plain transformers would load masked models and classifiers with
-    `sos_inputs` and silently give wrong results, so their saved configuration makes it refuse: it holds a sentence in a
+    `sos_inputs` and silently give wrong results, and knows no classes, so their saved configuration makes it refuse: it holds a sentence in a
     field that transformers requires to be a boolean.
     """
 
@@ -209,6 +214,7 @@ class ImageGPTConfig(PreTrainedConfig):
     use_bias: bool = True
     initialization: str = "transformers"
     objective: str = "causal"
+    n_class_tokens: int = 0
     sos_inputs: bool = False
     generative_loss_weight: float | int = 0.0
 
@@ -304,14 +310,19 @@ class ImageGPTConfig(PreTrainedConfig):
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}).")
         inner = self.n_inner or 4 * self.n_embd
-        rows = 2 * self.vocab_size + self.n_positions + self.n_layer * (4 * self.n_embd + 2 * inner)
+        rows = (
+            2 * self.vocab_size + self.n_class_tokens + self.n_positions + self.n_layer * (4 * self.n_embd + 2 * inner)
+        )
         if rows * self.n_embd > _MAX_PARAMETERS:
             raise ValueError(
                 f"n_layer ({self.n_layer}), n_embd ({self.n_embd}), n_inner ({inner}), n_positions ({self.n_positions}) and "
                 f"vocab_size ({self.vocab_size}) make {rows * self.n_embd:,} parameters; at most {_MAX_PARAMETERS:,} are allowed."
             )
-        if self.sos_inputs and self.objective == "masked":
-            raise ValueError("sos_inputs is for causal models: masked models have no SOS.")
+        for field in ("sos_inputs", "n_class_tokens"):
+            if getattr(self, field) and self.objective == "masked":
+                raise ValueError(f"{field} is for causal models: masked models have no SOS.")
+        if self.n_class_tokens and self.id2label is None and kwargs.get("num_labels") is None:
+            kwargs["num_labels"] = self.n_class_tokens
         is_causal = self.objective == "causal"  # read by transformers' attention masks
         if kwargs.get("is_causal", is_causal) is not is_causal:
             raise ValueError(
@@ -330,7 +341,7 @@ class ImageGPTConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output.get("custom_pipelines", {}).pop(_FEATURES, None)
-        if self.objective == "masked" or self.sos_inputs:
+        if self.objective == "masked" or self.sos_inputs or self.n_class_tokens:
             output["reorder_and_upcast_attn"] = NEEDS_HF_IGPT
         return output
 

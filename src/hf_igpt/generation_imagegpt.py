@@ -29,12 +29,17 @@ from transformers import (
 from .cache_imagegpt import add_room, drawing_cache
 from .features_imagegpt import evaluation_mode
 from .image_processing_imagegpt import AnyImageProcessor
-from .inputs_imagegpt import as_tokens, check_tokens
-from .modeling_imagegpt import ImageGPTForCausalImageModeling, ImageGPTForMaskedImageModeling
+from .inputs_imagegpt import as_tokens, check_tokens, find_classes
+from .modeling_imagegpt import (
+    ImageGPTForCausalImageModeling,
+    ImageGPTForMaskedImageModeling,
+    ImageGPTPreTrainedModel,
+)
 from .pixels_imagegpt import AnyImage, ImageSource, crop_to_proportions, open_image, size_of
 from .presets import INPAINTING_PARTICLES, INPAINTING_ROUNDS
 
 
+Classes: TypeAlias = str | int | Sequence[str | int]  # names, as in the model's `config.id2label`, or numbers
 MaskSource: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | torch.Tensor | Sequence[float]
 _CHUNK_LOGITS = 2**25  # at most, while known pixels are read
 
@@ -44,6 +49,8 @@ def sample(
     processor: AnyImageProcessor,
     num_images: int,
     *,
+    classes: Classes | None = None,
+    guidance: float = 1.0,
     seed: int | None = 0,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -53,9 +60,12 @@ def sample(
     scale: int = 1,
     return_tokens: bool = False,
 ) -> list[Image.Image] | torch.Tensor:
-    """Draw `num_images` images unconditionally. Return a list of PIL images, or tokens (num_images, N) int64.
+    """Draw `num_images` images, or as many of each of `classes`. Return a list of PIL images, or tokens (n, N) int64.
 
-    processor: the one that the model was trained with. The defaults are the paper's sampling: temperature 1, without
+    processor: the one that the model was trained with. classes: for a model that was trained with classes, one or several,
+    whose images follow one another; None: of no class. guidance: how much more typical of its class an image is to be than
+    the model says, s of classifier-free guidance: logits are l + (s − 1) (l − l_∅), where l_∅ are those of no class, at the
+    price of variety and of twice the work; 1: none. The defaults are the paper's sampling: temperature 1, without
     truncation [code run.py sample]. seed: the same seed, machine and batch size give the same images, and torch's own
     random state is restored afterwards; None draws from that state. batch_size: images drawn at a time. scale: the side, in
     pixels of the result, of the square that each token becomes. Invalid options,
@@ -64,8 +74,13 @@ def sample(
     if num_images < 1:
         raise ValueError(f"num_images is at least 1; found {num_images}.")
     processor.check_fits(model.config)
-    prompts = torch.empty((num_images, 0), dtype=torch.long)
-    tokens = _continue(model, prompts, seed, temperature, top_k, top_p, batch_size, progress)
+    numbers = None
+    if classes is not None:
+        numbers = torch.tensor(find_classes(model.config, classes)).repeat_interleave(num_images)
+    prompts = torch.empty((num_images if numbers is None else len(numbers), 0), dtype=torch.long)
+    tokens = _continue(
+        model, prompts, seed, temperature, top_k, top_p, batch_size, progress, classes=numbers, guidance=guidance
+    )
     return tokens if return_tokens else processor.decode(tokens, scale=scale)
 
 
@@ -77,6 +92,8 @@ def complete(
     num_completions: int = 1,
     *,
     tokens: torch.Tensor | None = None,
+    classes: Classes | None = None,
+    guidance: float = 1.0,
     seed: int | None = 0,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -92,7 +109,8 @@ def complete(
     images: anything the processor accepts; or pass `tokens` (n, N). rows: one number, or one for each image. Images of as many
     rows are drawn together, from the same seed for each number of rows: what is drawn for an image depends on these images
     and their order, and not on those of other numbers of rows. Returns a list of `num_completions` PIL images for
-    each image, or tokens (n, num_completions, N) int64. The kept pixels are exactly the image's own. `generate_kwargs` are
+    each image, or tokens (n, num_completions, N) int64. The kept pixels are exactly the image's own. classes: what the images
+    are of, one class for all or one for each; None: no class. `generate_kwargs` are
     further options of `generate`; the other arguments are those of `sample`. Invalid arguments are a ValueError.
     """
     if (images is None) == (tokens is None):
@@ -110,11 +128,24 @@ def complete(
     check_tokens(tokens, model.config.vocab_size - 1, "tokens", model.config)
     if kept.ndim and len(kept) != len(tokens):
         raise ValueError(f"rows is one number, or one for each of {len(tokens)} images; found {len(kept)} numbers.")
+    numbers = _class_of_each(model, classes, len(tokens))
     drawn = torch.empty((len(tokens), num_completions, tokens.shape[1]), dtype=torch.long)
     for count in np.unique(kept).tolist():
         of_count = torch.from_numpy(np.broadcast_to(kept, len(tokens)) == count)
         prompts = tokens[of_count, : count * width].long().repeat_interleave(num_completions, dim=0)
-        found = _continue(model, prompts, seed, temperature, top_k, top_p, batch_size, progress, **generate_kwargs)
+        found = _continue(
+            model,
+            prompts,
+            seed,
+            temperature,
+            top_k,
+            top_p,
+            batch_size,
+            progress,
+            classes=None if numbers is None else numbers[of_count].repeat_interleave(num_completions),
+            guidance=guidance,
+            **generate_kwargs,
+        )
         drawn[of_count] = found.view(-1, num_completions, tokens.shape[1])
     return drawn if return_tokens else [processor.decode(row, scale=scale) for row in drawn]
 
@@ -136,6 +167,7 @@ def inpaint(
     mask: MaskSource,
     num_completions: int = 1,
     *,
+    classes: Classes | None = None,
     particles: int = INPAINTING_PARTICLES,
     steps: int = INPAINTING_ROUNDS,
     seed: int | None = 0,
@@ -162,6 +194,7 @@ def inpaint(
         tokens,
         torch.from_numpy(hidden),
         num_completions,
+        classes=classes,
         particles=particles,
         steps=steps,
         seed=seed,
@@ -244,6 +277,7 @@ def inpaint_tokens(
     hidden: torch.Tensor,
     num_completions: int = 1,
     *,
+    classes: Classes | None = None,
     particles: int = INPAINTING_PARTICLES,
     steps: int = INPAINTING_ROUNDS,
     seed: int | None = 0,
@@ -265,7 +299,8 @@ def inpaint_tokens(
     A masked model reveals the hidden pixels in `steps` rounds of a random order, as in `fill_in`; nothing is truncated, and
     the second result is None.
 
-    batch_size: images drawn at a time, particles of a completion always together. seed, temperature, top_k, top_p: as in
+    classes: what the images are of, for a model that was trained with classes, as in `complete`. batch_size: images drawn
+    at a time, particles of a completion always together. seed, temperature, top_k, top_p: as in
     `sample`. Invalid arguments are a ValueError.
     """
     check_tokens(tokens := as_tokens(tokens), model.config.vocab_size - 1, "tokens", model.config)
@@ -278,6 +313,7 @@ def inpaint_tokens(
         if count < 1:
             raise ValueError(f"{name} is at least 1; found {count}.")
     _check_sampling(temperature, top_k, top_p)
+    numbers = _class_of_each(model, classes, len(tokens))
     if isinstance(model, ImageGPTForMaskedImageModeling):
         rows = [
             fill_in(model, row.expand(num_completions, -1), mask.expand(num_completions, -1), steps=steps, seed=seed)
@@ -287,7 +323,8 @@ def inpaint_tokens(
     last = len(hidden[0]) - int(hidden[0].sum())
     if hidden[:, last:].all() and hidden.sum() == hidden[:, last:].numel():
         prompts = tokens[:, :last].repeat_interleave(num_completions, dim=0)
-        drawn = _continue(model, prompts, seed, temperature, top_k, top_p, batch_size, progress)
+        each = None if numbers is None else numbers.repeat_interleave(num_completions)
+        drawn = _continue(model, prompts, seed, temperature, top_k, top_p, batch_size, progress, classes=each)
         return drawn.view(len(tokens), num_completions, -1), None
     warpers = LogitsProcessorList()
     if temperature != 1:
@@ -309,10 +346,14 @@ def inpaint_tokens(
             leave=False,
         ) as bar,
     ):
-        for row, mask in zip(tokens, hidden, strict=True):
+        # The token that stands first: SOS, or that of the class.
+        starts = [model.config.sos_token_id] * len(tokens)
+        if numbers is not None:
+            starts = (numbers + model.config.vocab_size).tolist()
+        for row, mask, start in zip(tokens, hidden, starts, strict=True):
             generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
             parts = [
-                _draw_posterior(model, row, mask.tolist(), count, particles, warpers, generator, bar)
+                _draw_posterior(model, row, mask.tolist(), start, count, particles, warpers, generator, bar)
                 for count in groups
             ]
             results.append(torch.cat([filled for filled, _ in parts]).cpu())
@@ -325,20 +366,21 @@ def _draw_posterior(
     model: ImageGPTForCausalImageModeling,
     tokens: torch.Tensor,
     hidden: list[bool],
+    start: int,
     groups: int,
     particles: int,
     warpers: LogitsProcessorList,
     generator: torch.Generator | None,
     bar: tqdm,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fill one image, `tokens` (N,), `groups` times, each by `particles` of its own.
+    """Fill one image, `tokens` (N,) after the token `start`, `groups` times, each by `particles` of its own.
 
     Returns the images (groups, N), and the estimates of the log-probability of all known pixels (groups,).
     """
     n_pixels, device = len(hidden), model.device
     first, last_known = hidden.index(True), n_pixels - 1 - hidden[::-1].index(False)
     rows = tokens.to(device)[None]  # (1, N), and (groups · particles, N) from the first hidden pixel on
-    pending = rows.new_full((1, 1), model.config.sos_token_id)  # the last pixel that is decided, which is not yet read
+    pending = rows.new_full((1, 1), start)  # the last pixel that is decided, which is not yet read
     log_weights = torch.zeros(1, 1, dtype=torch.float64, device=device)  # (groups, particles) likewise, since resampled
     evidence = torch.zeros(1, dtype=torch.float64, device=device)
     cache = DynamicCache(config=model.config)
@@ -446,6 +488,16 @@ class _Progress(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+def _class_of_each(model: ImageGPTPreTrainedModel, classes: Classes | None, n_images: int) -> torch.Tensor | None:
+    """Return the number of the class of each of `n_images` images (n,); `classes` are one for all, or one for each."""
+    if classes is None:
+        return None
+    found = torch.tensor(find_classes(model.config, classes))
+    if len(found) not in (1, n_images):
+        raise ValueError(f"Give one class, or one for each image; found {len(found)} for {n_images}.")
+    return found.expand(n_images)
+
+
 def _check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     if not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0):
         raise ValueError(
@@ -477,10 +529,16 @@ def _continue(
     top_p: float,
     batch_size: int,
     progress: bool,
+    *,
+    classes: torch.Tensor | None = None,
+    guidance: float = 1.0,
     **generate_kwargs: Any,
 ) -> torch.Tensor:
-    """Continue `prompts` (n, T), pixels without SOS, to the tokens of whole images (n, N), on the CPU."""
+    """Continue `prompts` (n, T), pixels without SOS, to the tokens of whole images (n, N) of `classes` (n,), on the CPU."""
     _check_sampling(temperature, top_k, top_p)
+    if guidance != 1 and (classes is None or not 1 < guidance < math.inf):
+        needed = "at least 1, which is none, and finite" if classes is not None else "for images of classes: name them"
+        raise ValueError(f"guidance is {needed}; found {guidance}.")
     decided = {"max_length", "max_new_tokens", "num_return_sequences"} & set(generate_kwargs)
     if decided:
         raise ValueError(
@@ -499,6 +557,7 @@ def _continue(
         "top_p": top_p,
         "max_length": n_pixels + 1,
         "use_cache": True,
+        "guidance_scale": guidance,
     }
     if drawing_cache(model) is not None and not generate_kwargs:  # a static cache does not support every option
         options["cache_implementation"] = drawing_cache(model)
@@ -519,8 +578,10 @@ def _continue(
             torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size].to(model.device)
+            labels = None if classes is None else classes[start : start + batch_size].to(model.device)
             tokens = model.generate(
                 torch.nn.functional.pad(batch, (1, 0), value=model.config.sos_token_id),
+                class_labels=labels,
                 stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
                 **options | generate_kwargs,
             )

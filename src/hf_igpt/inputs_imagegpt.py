@@ -1,6 +1,6 @@
 """The model's inputs: tokens, which are checked before any work is done, and the one shift between inputs and targets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,58 @@ def refuse_packed_images(position_ids: torch.Tensor | None, what: str) -> None:
         raise ValueError(
             f"{what} is of one image per row; here `position_ids` start anew within a row: unpack the images."
         )
+
+
+def name_classes(input_ids: torch.Tensor, class_labels: torch.Tensor, config: ImageGPTConfig) -> torch.Tensor:
+    """Put the token of each row's class, K + 1 + class, where SOS stands in `input_ids` (B, T).
+
+    class_labels: (B,) integers in 0..C-1, or −1 for no class, which leaves SOS. Other labels, and rows that do not start with
+    SOS, are a ValueError.
+    """
+    count = config.n_class_tokens
+    if not count:
+        raise ValueError("`class_labels`: this model knows no classes. Train one with --class_conditional.")
+    if class_labels.is_floating_point() or class_labels.shape != input_ids.shape[:1]:
+        raise ValueError(
+            f"`class_labels` are integers, one for each of {len(input_ids)} images; found {class_labels.dtype} of shape "
+            f"{tuple(class_labels.shape)}."
+        )
+    is_sos = input_ids == config.sos_token_id
+    if has_values(class_labels) and has_values(input_ids):
+        wrong = (class_labels < -1) | (class_labels >= count)
+        if wrong.any():
+            raise ValueError(
+                f"`class_labels` hold {int(class_labels[wrong][0])}; this model has {count} classes, 0..{count - 1}, and −1 "
+                "says none."
+            )
+        if not is_sos.any(dim=1).all():
+            raise ValueError("`class_labels` stand in the place of SOS, which `input_ids` do not hold.")
+    starts = (class_labels.long() + config.vocab_size).to(input_ids.device)
+    return torch.where(is_sos, starts[:, None], input_ids)
+
+
+def find_classes(config: ImageGPTConfig, classes: str | int | Sequence[str | int]) -> list[int]:
+    """Return the numbers of classes that are given by name, as in `config.id2label`, or by number.
+
+    A model without classes, a class that it does not have, and an empty list are a ValueError.
+    """
+    count, names = config.n_class_tokens, list((config.id2label or {}).values())
+    if not count:
+        raise ValueError("This model knows no classes: train one with --class_conditional, or leave the classes out.")
+    numbers = {str(name): number for number, name in enumerate(names)} if len(names) == count else {}
+    wanted = [classes] if isinstance(classes, (str, int)) else list(classes)
+    if not wanted:
+        raise ValueError("No class is named: leave the classes out for images of none.")
+    found = []
+    for each in wanted:
+        number = numbers.get(each, -1) if isinstance(each, str) else int(each)
+        if number == -1 and str(each).isdecimal():
+            number = int(each)
+        if not 0 <= number < count:
+            known = ", ".join([*numbers][:10]) + (", …" if len(numbers) > 10 else "")
+            raise ValueError(f"There is no class {each!r}: this model has {count}, {known or f'0..{count - 1}'}.")
+        found.append(number)
+    return found
 
 
 def check_mask(bool_masked_pos: torch.Tensor, shape: torch.Size, config: ImageGPTConfig) -> None:

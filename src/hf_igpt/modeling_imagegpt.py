@@ -7,6 +7,7 @@ Shape letters: B images, N pixels, which are the tokens of an image, T tokens of
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +18,8 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import ClassifierFreeGuidanceLogitsProcessor, LogitsProcessorList
 from transformers.generation.utils import GenerateOutput
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -41,6 +43,7 @@ from .inputs_imagegpt import (
     check_mask,
     check_tokens,
     has_values,
+    name_classes,
     number_images,
     refuse_packed_images,
     same_image,
@@ -209,12 +212,13 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
         With a colour head, other numbers of colours are a ValueError: SOS is the last row, so that new rows would take its
         place, and they would be drawn although they are no colours.
         """
-        has_colors = getattr(self, "lm_head", None) is not None or self.config.sos_inputs
+        config = self.config
+        has_colors = getattr(self, "lm_head", None) is not None or config.sos_inputs or config.n_class_tokens
         if has_colors:
-            if new_num_tokens in (None, self.config.vocab_size) and not kwargs.get("pad_to_multiple_of"):
+            if new_num_tokens in (None, config.vocab_size) and not kwargs.get("pad_to_multiple_of"):
                 return self.get_input_embeddings()  # transformers would resize the head, which has a row less
             raise ValueError(
-                f"This model has K = {self.config.vocab_size - 1} colours, and SOS as the last row of its embeddings: they cannot be "
+                f"This model has K = {config.vocab_size - 1} colours, and SOS after them in its embeddings: they cannot be "
                 f"resized to {new_num_tokens}. Make a model with `ImageGPTConfig(vocab_size=K + 1, …)` and copy into it the rows "
                 "of `transformer.wte` (SOS to row K) and of `lm_head`."
             )
@@ -243,7 +247,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
 
     def __init__(self, config: ImageGPTConfig) -> None:
         super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # row K is SOS
+        self.wte = nn.Embedding(config.vocab_size + config.n_class_tokens, config.n_embd)  # row K is SOS
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         set_initial_std(self.wte, choose_initial_std(config, INIT_EMBEDDING_STD))
         set_initial_std(self.wpe, choose_initial_std(config, INIT_POSITION_STD))
@@ -273,7 +277,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         bool_masked_pos: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the plain forward pass, without a shift, on `input_ids` (B, T), tokens 0..K, or `inputs_embeds` (B, T, D).
+        """Run the plain forward pass, without a shift, on `input_ids` (B, T), tokens 0..K + C, or `inputs_embeds` (B, T, D).
 
         bool_masked_pos: (B, T), for masked models; where it is True, the pixel's embedding is zeroed and its position kept
         [code bert]. `hidden_states` (with `output_hidden_states=True`) are the inputs of all blocks, followed by the output
@@ -303,7 +307,7 @@ class ImageGPTModel(ImageGPTPreTrainedModel):
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         check_length(inputs.shape, seen, position_ids, self.config)
         if inputs_embeds is None:
-            check_tokens(inputs, self.config.vocab_size, "input_ids", self.config)
+            check_tokens(inputs, self.config.vocab_size + self.config.n_class_tokens, "input_ids", self.config)
             inputs_embeds = self.wte(inputs.long())
         if bool_masked_pos is not None:
             check_mask(bool_masked_pos, inputs.shape[:2], self.config)
@@ -340,6 +344,10 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
     `model(labels=tokens)` is the training call: the inputs are [SOS, x_0 … x_{N-2}], all N pixels are scored, and `loss` is
     in nats per pixel [code gen_loss]. `model(input_ids=...)` is the plain forward pass. With both, transformers' contract
     holds: logits at i are scored against labels at i + 1. Weights of a masked model are a ValueError.
+
+    With `config.n_class_tokens` classes it is also a model of the images of each: a token of the class then stands in the
+    place of SOS (`class_labels`). These tokens follow SOS in the one table of embeddings, so that a class is a part of the
+    prompt like any token, for `generate`, all caches and packed inputs.
     """
 
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -374,11 +382,13 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        class_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return `logits` (B, T, K) and, if labels are given, `loss` in nats per pixel.
 
-        labels: (B, N) colours in 0..K-1. −100 marks pixels that are not scored, and requires `input_ids`.
+        labels: (B, N) colours in 0..K-1. −100 marks pixels that are not scored, and requires `input_ids`. class_labels: (B,)
+        the class of each image, 0..C-1, or −1 for none; it takes the place of SOS, which is at the beginning of `input_ids`.
         num_items_in_batch: the divisor of the summed loss, instead of the number of scored pixels (`Trainer`'s count over
         accumulated steps and processes). logits_to_keep: compute logits only for this many last positions (0: all), or for
         the positions in a tensor; ignored if labels are given. A token or label out of range is a ValueError.
@@ -400,6 +410,11 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
                     "`input_ids` given with `labels` do not start with SOS: pixel 0 is never scored. "
                     "`model(labels=tokens)` alone adds SOS and scores every pixel."
                 )
+        if class_labels is not None:
+            if input_ids is None:
+                raise ValueError("`class_labels` take the place of a token, SOS: pass `input_ids` or `labels`.")
+            refuse_packed_images(position_ids, "A class")
+            input_ids = name_classes(input_ids, class_labels, self.config)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -448,14 +463,14 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         )
 
     def _starts_with_sos(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-        """Whether the first token that is not padding is SOS in every row; True where values cannot be read."""
+        """Whether the first token that is not padding is SOS, or a class, in every row; True where values cannot be read."""
         if not has_values(input_ids):
             return True
         first = input_ids[:, :1]
         if attention_mask is not None and attention_mask.shape == input_ids.shape:
             start = attention_mask.to(input_ids.device, torch.long).argmax(dim=1, keepdim=True)
             first = input_ids.gather(1, start)
-        return bool((first == self.config.sos_token_id).all())
+        return bool((first >= self.config.sos_token_id).all())
 
     @torch.no_grad()
     def generate(  # type: ignore[override]  # the other arguments are in `kwargs`
@@ -466,6 +481,11 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         Works as `GenerationMixin.generate`, except that SOS and the full length are supplied if neither the arguments nor
         the checkpoint give them, and that a length over SOS + N is a ValueError before the first step. SOS is never
         sampled.
+
+        class_labels: (B,) the class that each image is to be of, 0..C-1, or −1 for none, whose token takes the place of SOS.
+        guidance_scale: s of classifier-free guidance, for images of classes: logits are l + (s − 1) (l − l_∅), where l_∅ are
+        those of no class; 1 is none. Both are computed in one batch with one cache. Guidance of images of no class, below 1,
+        and with other than sampling and greedy search is a ValueError.
         """
         if generation_config is not None:
             generation_config = copy.deepcopy(generation_config)
@@ -500,8 +520,27 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
                 f"{length} tokens were requested; SOS and the {whole - 1} pixels of an image make {whole}. "
                 "Lower max_length or max_new_tokens, or leave them out for whole images."
             )
+        class_labels = kwargs.pop("class_labels", None)
+        if class_labels is not None:
+            if kwargs.get("inputs_embeds") is not None:
+                raise ValueError(
+                    "`class_labels` take the place of a token, SOS: pass tokens in place of `inputs_embeds`."
+                )
+            class_labels = torch.as_tensor(class_labels)
+            if prompt is None:
+                prompt = torch.full((class_labels.numel(), 1), self.config.sos_token_id)
+            inputs = prompt = name_classes(prompt.to(self.device), class_labels, self.config)
+            kwargs.pop("input_ids", None)
         if prompt is None and kwargs.get("inputs_embeds") is None:
             prompt = torch.tensor([[given("bos_token_id")]])
+        if (scale := given("guidance_scale")) not in (None, 1):
+            if prompt is None or not (prompt > self.config.sos_token_id).any():
+                raise ValueError(
+                    "guidance_scale strengthens a class: give `class_labels`, to a model that knows classes."
+                )
+            if not 1 < scale < math.inf:
+                raise ValueError(f"guidance_scale is at least 1, which is none, and finite; found {scale}.")
+            kwargs["guided"] = True
         if prompt is not None and prompt.ndim == 2 and not self._starts_with_sos(prompt, kwargs.get("attention_mask")):
             logger.warning_once(
                 f"The prompt does not start with SOS ({self.config.sos_token_id}): every pixel is one position earlier "
@@ -512,8 +551,44 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             remove_room(output.past_key_values)
         return output
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        return with_sos(super()._get_logits_processor(*args, **kwargs))  # type: ignore[misc]  # its `self`
+    def prepare_inputs_for_generation(  # type: ignore[override]  # the other arguments are in `kwargs`
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        guided: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers' own. guided: the rows occur once more, with SOS in the place of their class, for guidance."""
+        if guided:
+            sos = self.config.sos_token_id
+            input_ids = torch.cat([input_ids, input_ids.clamp(max=sos)])
+            twice = {"attention_mask": attention_mask} | kwargs
+            for name, value in twice.items():
+                if torch.is_tensor(value) and value.ndim > 1 and 2 * len(value) == len(input_ids):
+                    twice[name] = torch.cat([value, value])
+            attention_mask, kwargs = twice.pop("attention_mask"), twice
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]  # its `self`
+            input_ids,  # type: ignore[arg-type]  # any integers
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,  # type: ignore[arg-type]
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> LogitsProcessorList:
+        scale = generation_config.guidance_scale
+        if scale not in (None, 1):  # transformers' own would run the model a second time
+            generation_config = copy.copy(generation_config)
+            generation_config.guidance_scale = None
+        rest = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]  # its `self`
+        guidance = [] if scale in (None, 1) else [ClassifierFreeGuidanceLogitsProcessor(scale)]
+        return LogitsProcessorList([*guidance, *with_sos(rest, self.config.n_class_tokens)])
 
     def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> CandidateGenerator:
         found = super()._get_candidate_generator(generation_config, *args, **kwargs)  # type: ignore[misc]  # its `self`
@@ -529,6 +604,10 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
     ) -> None:
         # The dynamic cache that transformers makes, with room for the keys and values of all remaining tokens.
         given = model_kwargs.get("past_key_values")
+        if model_kwargs.get("guided"):
+            batch_size *= 2
+            if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+                raise ValueError(f"guidance_scale is for sampling and greedy search; found {generation_mode.value}.")
         super()._prepare_cache_for_generation(  # type: ignore[misc]  # its `self`
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

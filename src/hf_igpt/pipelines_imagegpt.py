@@ -76,7 +76,7 @@ class ImageCompletionPipeline(Pipeline):
         forward = {name: value for name, value in options.items() if value is not None} | generate_kwargs
         if mask is not None and rows is not None:
             raise ValueError("rows and mask each say what is drawn: give one of them.")
-        unknown = set(generate_kwargs) - {"temperature", "top_k", "top_p", "particles", "batch_size"}
+        unknown = set(generate_kwargs) - {"temperature", "top_k", "top_p", "particles", "batch_size", "classes"}
         if mask is not None and unknown:
             raise ValueError(f"With a mask there is no option {', '.join(sorted(unknown))}: these are for completions.")
         preprocess = {"timeout": timeout, "mask": mask}

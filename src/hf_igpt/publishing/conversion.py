@@ -206,7 +206,9 @@ def from_openai(variables: dict[str, np.ndarray]) -> tuple[ImageGPTConfig, dict[
 
 
 def to_openai(config: ImageGPTConfig, state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """The inverse of `from_openai`. Biases other than zeros have no place there: ValueError."""
+    """The inverse of `from_openai`. Biases other than zeros, and classes, have no place there: ValueError."""
+    if config.n_class_tokens:
+        raise ValueError(f"OpenAI's model knows no classes; this one has {config.n_class_tokens}.")
     state = {name: weight.detach().float().cpu() for name, weight in state.items()}
     d, heads = config.n_embd, (config.n_head, config.n_embd // config.n_head)
     wte = state.pop("transformer.wte.weight")
