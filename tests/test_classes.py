@@ -1,11 +1,16 @@
 """Classes: the token in SOS's place, guidance, drawing by class, and what classes say of an image."""
 
+import csv
 import itertools
 import json
+import shutil
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import randomized, small_config
+from safetensors.torch import load_file
 from transformers import ImageGPTConfig as TheirConfig
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
@@ -15,9 +20,28 @@ from hf_igpt import (
     ImageGPTForImageClassification,
     ImageGPTImageProcessorPil,
 )
+from hf_igpt.commands.arguments import SampleArguments, ScoreArguments
+from hf_igpt.commands.finetune import finetune
+from hf_igpt.commands.pretrain import pretrain
+from hf_igpt.commands.sample import draw
+from hf_igpt.commands.score import score
+from hf_igpt.data import (
+    DataArguments,
+    ImageTokens,
+    collate_tokens,
+    digits,
+    label_classes,
+    load_images,
+    read_image,
+    stream_tokens,
+    tokenize,
+)
+from hf_igpt.evaluation.metrics import measure_class_likelihoods, measure_surprise
+from hf_igpt.evaluation.records import describe_model
 from hf_igpt.features_imagegpt import features_of_tokens
 from hf_igpt.generation_imagegpt import complete, inpaint_tokens, sample
 from hf_igpt.publishing.conversion import to_openai
+from hf_igpt.training.arguments import FinetuningArguments, ModelArguments, PretrainingArguments
 
 
 NAMES = {0: "cat", 1: "dog", 2: "7"}
@@ -209,7 +233,9 @@ def test_holes_of_a_class_are_drawn_by_its_posterior():
         logits = model(labels=rows, class_labels=torch.ones(len(rows), dtype=torch.long)).logits
     chances = logits.log_softmax(-1).gather(-1, rows[..., None]).sum(dim=(1, 2))
     expected = chances.masked_fill(~fits, -torch.inf).softmax(0)
-    drawn, evidence = inpaint_tokens(model, given, hidden, 400, classes=1, particles=64, batch_size=6400, progress=False)
+    drawn, evidence = inpaint_tokens(
+        model, given, hidden, 400, classes=1, particles=64, batch_size=6400, progress=False
+    )
     counts = torch.tensor([(drawn[0] == row).all(dim=1).sum() for row in rows]) / 400
     assert (counts - expected).abs().sum() / 2 < 0.08
     assert abs(evidence[0] * 3 - chances[fits].logsumexp(0)) < 0.05
@@ -244,3 +270,203 @@ def test_plain_transformers_refuse_and_sizes_are_kept(model, tmp_path):
         to_openai(again.config, again.state_dict())
     with pytest.raises(ValueError, match="n_class_tokens is an integer"):
         ImageGPTConfig(n_class_tokens=-1)
+
+
+# -- data and training -------------------------------------------------------------------------------------------------
+
+
+SMALL = "n_layer=2,n_embd=32,n_head=2"
+
+
+def run(folder, model=None, images=None, **options):
+    """A small run on the digits; returns its records."""
+    defaults = {"use_cpu": True, "disable_tqdm": True, "max_steps": 6, "num_samples": 0, "logging_steps": 1, "seed": 1}
+    defaults |= {"eval_strategy": "no", "save_strategy": "no", "class_conditional": True}
+    arguments = PretrainingArguments(output_dir=str(folder), **(defaults | options))
+    model = {"config_overrides": SMALL} if model is None else model
+    return pretrain(ModelArguments(**model), DataArguments(**({"max_eval_samples": 60} | (images or {}))), arguments)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_rows_name_classes_and_some_do_not(processor):
+    dataset = tokenize(digits().select(range(200)), processor)
+    rows = ImageTokens(dataset, processor, class_dropout=0.25, seed=3)
+    first, again = [row["class_labels"] for row in rows], [row["class_labels"] for row in rows]
+    assert first == again and 30 < first.count(-1) < 70
+    assert all(label in (-1, true) for label, true in zip(first, dataset["label"], strict=True))
+    rows.begin_epoch(1)
+    assert [row["class_labels"] for row in rows] != first
+    batch = collate_tokens([rows[0], rows[1]])
+    assert batch["class_labels"].dtype == torch.int64 and batch["class_labels"].shape == (2,)
+    assert ImageTokens(dataset, processor, class_dropout=1.0)[5]["class_labels"] == -1
+    assert ImageTokens(dataset, processor, class_dropout=0.0)[5]["class_labels"] == dataset["label"][5]
+    assert "class_labels" not in ImageTokens(dataset, processor)[0]
+
+
+def test_classes_of_named_and_missing_labels():
+    def images(labels, feature):
+        features = datasets.Features({"image": datasets.Value("string"), "label": feature})
+        return datasets.Dataset.from_dict({"image": ["x"] * len(labels), "label": labels}, features=features)
+
+    train = images(["b", "a", None], datasets.Value("string"))
+    found = label_classes({"train": train, "validation": images(["a"], datasets.Value("string"))}, "pets")
+    assert found["train"].features["label"].names == ["a", "b"]
+    assert list(found["train"]["label"]) == [1, 0, -1] and list(found["validation"]["label"]) == [0]
+    named = datasets.ClassLabel(names=["a", "b"])
+    found = label_classes({"train": images([1, None, -1], named), "validation": train.remove_columns("label")}, "pets")
+    assert list(found["train"]["label"]) == [1, -1, -1] and list(found["validation"]["label"]) == [-1] * 3
+    with pytest.raises(ValueError, match="pets have no labels"):
+        label_classes({"train": train.remove_columns("label")}, "pets")
+    with pytest.raises(ValueError, match="a class 'c' that the training images do not have"):
+        label_classes({"train": train, "validation": images(["c"], datasets.Value("string"))}, "pets")
+    stream = images(["b"], datasets.Value("string")).to_iterable_dataset()
+    with pytest.raises(ValueError, match="labels of a stream are of the type ClassLabel"):
+        label_classes({"train": stream}, "pets")
+
+
+def test_streams_name_classes(processor, tmp_path):
+    file = tmp_path / "train.parquet"
+    digits().select(range(60)).to_parquet(file)
+    arguments = DataArguments(train_dir=str(file), streaming=True, max_eval_samples=10)
+    train = load_images(arguments)["train"]
+    told = [row["class_labels"] for row in stream_tokens(train, processor, arguments, class_dropout=0.0)]
+    assert told == list(digits()["label"])[10:60]
+    dropped = [row["class_labels"] for row in stream_tokens(train, processor, arguments, class_dropout=0.5)]
+    assert 10 < dropped.count(-1) < 40 and all(a in (-1, b) for a, b in zip(dropped, told, strict=True))
+    images = {"train_dir": str(file), "streaming": True, "max_eval_samples": 10, "image_size": 8}
+    records = run(tmp_path / "run", {"config_overrides": SMALL, "num_colors": 16}, images)
+    assert records[0].classes == 10
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A network that was told of the digits' classes, until it has learnt something of them."""
+    folder = tmp_path_factory.mktemp("runs") / "told"
+    records = run(folder, max_steps=150, learning_rate=5e-3, per_device_train_batch_size=32, num_samples=4)
+    return folder, records
+
+
+def test_a_run_with_classes(trained, tmp_path, capsys):
+    folder, records = trained
+    model = ImageGPTForCausalImageModeling.from_pretrained(folder)
+    assert model.config.n_class_tokens == 10 and model.config.id2label == {n: str(n) for n in range(10)}
+    by_class = records[0].details["nats per pixel by class"]
+    assert set(by_class) <= set("0123456789") and records[0].classes == 10
+    assert describe_model(records[0]).endswith("told the class")
+    assert all(record.classes is None for record in records[1:])
+    assert json.loads((folder / "run.json").read_text())["recipe"]["classes"] == "10, not told of 10% of the images"
+
+    # The records' figures, computed again; and a model that is told the class is less surprised than one that is not.
+    held_out = load_images(DataArguments(max_eval_samples=60), seed=1)["validation"]
+    processor = ImageGPTImageProcessorPil.from_pretrained(folder)
+    tokens = torch.tensor(processor([read_image(cell) for cell in held_out["image"]])["input_ids"])
+    labels = torch.tensor(held_out["label"])
+    told, untold = (measure_surprise(model, tokens, each, progress=False).mean(dim=1) for each in (labels, None))
+    assert told.mean().item() == pytest.approx(records[0].value, rel=1e-5) and told.mean() < untold.mean()
+    for name, nats in by_class.items():
+        assert told[labels == int(name)].mean().item() == pytest.approx(nats, rel=1e-5)
+
+    # Bayes: C forward passes, a softmax over the classes.
+    chances = measure_class_likelihoods(model, tokens, progress=False)
+    for number in (0, 7):
+        surprise = measure_surprise(model, tokens, torch.full((60,), number), progress=False)
+        assert torch.allclose(chances[:, number], -surprise.double().sum(dim=1), atol=1e-9)
+    posterior = chances.softmax(dim=1)
+    assert torch.allclose(posterior.sum(dim=1), torch.ones(60, dtype=torch.float64))
+    right = (posterior.argmax(dim=1) == labels).double().mean().item()
+    assert right > 0.3
+
+    args = ScoreArguments(str(folder), num_held_out=60, by_class=True, output_dir=str(tmp_path))
+    found = score(args, DataArguments(max_eval_samples=60))
+    accuracy = next(record for record in found if record.metric == "accuracy")
+    assert accuracy.value == pytest.approx(right) and accuracy.n == 60 and accuracy.probe == "class likelihoods"
+    rows = list(csv.reader((tmp_path / "classes.csv").open()))
+    assert rows[0] == ["image", "set", "class", "likeliest", *"0123456789"] and len(rows) == 61
+    assert [int(row[2]) for row in rows[1:]] == labels.tolist()
+    assert np.allclose(np.array([row[4:] for row in rows[1:]], dtype=float), posterior, atol=1e-5)
+    assert (tmp_path / "confusion.png").is_file() and "under its own class, n = 60" in capsys.readouterr().out
+
+    paths = draw(SampleArguments(str(folder), num_images=2, classes=["3", "8"], guidance=2.0), DataArguments())
+    assert [path.name for path in paths] == ["samples.png"]
+    for wrong, message in (
+        ({"classes": ["x"]}, "There is no class 'x'"),
+        ({"guidance": 2.0}, "--guidance strengthens --classes"),
+        ({"num_held_out": 3, "classes": ["1", "2"]}, "one for each of 3 images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(SampleArguments(str(folder), **wrong), DataArguments(max_eval_samples=60))
+
+
+def test_models_without_classes_do_not_classify(tmp_path, processor):
+    randomized(ImageGPTForCausalImageModeling(small_config())).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--by_class: .* knows no classes"):
+        score(ScoreArguments(str(tmp_path), num_held_out=1, by_class=True), DataArguments())
+    plain = ImageGPTForCausalImageModeling.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="knows no classes"):
+        measure_class_likelihoods(plain, torch.zeros(1, 64, dtype=torch.long))
+
+
+def test_a_run_that_is_told_nothing_is_that_of_a_model_without_classes(tmp_path):
+    run(tmp_path / "start", class_conditional=False)
+    start = {"model_name_or_path": str(tmp_path / "start")}
+    plain = run(tmp_path / "plain", start, class_conditional=False)
+    told = run(tmp_path / "told", start, class_dropout=1.0)
+    one, other = weights(tmp_path / "plain"), weights(tmp_path / "told")
+    table = other.pop("transformer.wte.weight")
+    assert torch.equal(table[:17], one.pop("transformer.wte.weight")) and table.shape[0] == 27
+    assert all(torch.equal(other[name], weight) for name, weight in one.items())
+    assert torch.equal(table[17:], weights(tmp_path / "start")["transformer.wte.weight"][16:].expand(10, -1))
+    assert plain[0].value == pytest.approx(measured_untold(tmp_path / "told"), rel=1e-5) != told[0].value
+
+
+def measured_untold(folder):
+    """Held-out nats per pixel of a model that is told no class."""
+    held_out = load_images(DataArguments(max_eval_samples=60), seed=1)["validation"]
+    processor = ImageGPTImageProcessorPil.from_pretrained(folder)
+    tokens = torch.tensor(processor([read_image(cell) for cell in held_out["image"]])["input_ids"])
+    model = ImageGPTForCausalImageModeling.from_pretrained(folder)
+    return measure_surprise(model, tokens, progress=False).mean().item()
+
+
+def test_runs_with_classes_resume(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 16}
+    run(tmp_path / "whole", **options)
+    run(tmp_path / "resumed", **options)
+    (tmp_path / "resumed" / "records.json").unlink()
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-6")
+    run(tmp_path / "resumed", **options)
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    (tmp_path / "resumed" / "records.json").unlink()
+    for changed in ({"class_dropout": 0.2}, {"class_conditional": False}):
+        with pytest.raises(ValueError, match="was trained with|has "):
+            run(tmp_path / "resumed", **options | changed)
+
+
+def test_models_with_classes_as_a_start(trained, tmp_path):
+    folder, _ = trained
+    with pytest.raises(ValueError, match="draws 10 classes .*--class_conditional is not given: give the same"):
+        run(tmp_path / "more", {"model_name_or_path": str(folder)}, class_conditional=False)
+    run(tmp_path / "more", {"model_name_or_path": str(folder)}, max_steps=1)
+    arguments = FinetuningArguments(
+        output_dir=str(tmp_path / "classifier"), use_cpu=True, disable_tqdm=True, max_steps=2, seed=1
+    )
+    finetune(ModelArguments(str(folder)), DataArguments(max_train_samples=40, max_eval_samples=20), arguments)
+    classifier = ImageGPTForImageClassification.from_pretrained(tmp_path / "classifier")
+    assert classifier.config.n_class_tokens == 0 and classifier.transformer.wte.num_embeddings == 17
+
+
+def test_arguments_of_classes(tmp_path):
+    with pytest.raises(ValueError, match="--class_dropout is for --class_conditional"):
+        PretrainingArguments(class_dropout=0.1)
+    with pytest.raises(ValueError, match="--class_dropout is from 0 to 1; found 1.5"):
+        PretrainingArguments(class_dropout=1.5, class_conditional=True)
+    with pytest.raises(ValueError, match="--class_conditional is for causal models"):
+        PretrainingArguments(class_conditional=True, objective="masked")
+    run(tmp_path / "masked", class_conditional=False, objective="masked", max_steps=1)
+    with pytest.raises(ValueError, match="--class_conditional is for causal models; .* is masked"):
+        run(tmp_path / "told", {"model_name_or_path": str(tmp_path / "masked")})

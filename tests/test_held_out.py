@@ -22,8 +22,8 @@ def test_held_out_images_are_of_the_split_that_was_trained_with(tmp_path):
         dataset="scikit-learn digits",
     )
     write_records(tmp_path / "model" / "records.json", [record])
-    cells, seed = select_held_out(str(tmp_path / "model"), DataArguments(), 5)
-    assert seed == 7 and cells == list(held_out[:5])
+    rows, seed = select_held_out(str(tmp_path / "model"), DataArguments(), 5)
+    assert seed == 7 and list(rows["image"]) == list(held_out[:5])
     assert len(train) + len(held_out) == len(digits())
     with pytest.raises(ValueError, match="only 359 images were held out"):
         select_held_out(str(tmp_path / "model"), DataArguments(), 360)

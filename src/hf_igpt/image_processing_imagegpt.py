@@ -296,8 +296,8 @@ class _ColorQuantization(BaseImageProcessor):
     ) -> list[Image.Image]:
         """Turn tokens back into a list of B PIL images: the inverse of quantisation, up to the palette's distortion.
 
-        input_ids: (B, N) or (N,), torch, numpy or lists, in 0..K-1. A leading SOS (K) is dropped, so the output of
-        `generate()` can be passed directly. Rows shorter than H·W are partial images in raster order; missing pixels, and
+        input_ids: (B, N) or (N,), torch, numpy or lists, in 0..K-1. A leading SOS (K), and in front of a whole
+        image also a class (> K), is dropped, so that the output of `generate()` can be passed directly. Rows shorter than H·W are partial images in raster order; missing pixels, and
         every token -100, become transparent (the image is then RGBA) or, with `missing="grey"`, mid-grey.
         size: the images' size, as in `token_grid`, if it is not the processor's own. scale: the side, in pixels of the
         result, of the square that each token becomes.
@@ -318,7 +318,7 @@ class _ColorQuantization(BaseImageProcessor):
             if not np.issubdtype(tokens.dtype, np.integer):
                 raise ValueError(f"Tokens are integers; found {tokens.dtype}.")
             tokens = tokens.astype(np.int64)
-            if len(tokens) and tokens[0] == n_colors:
+            if len(tokens) and (tokens[0] == n_colors or (len(tokens) == n_pixels + 1 and tokens[0] > n_colors)):
                 tokens = tokens[1:]
             if len(tokens) > n_pixels:
                 raise ValueError(

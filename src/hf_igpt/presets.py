@@ -47,6 +47,7 @@ GENERATIVE_LOSS_WEIGHT = 1.0  # weight of L_GEN, which is added to L_CLF [V2 2.3
 PROBE_SGD_LEARNING_RATES = (30, 10, 3, 1, 0.3, 0.1)  # "30, 10, 3, ..." [V2 3.4]
 PROBE_MOMENTUM = 0.9  # [V2 3.4]
 PROBE_SUBSETS = 5  # random subsets of the labels that a few-label probe is fitted to [V2 Table 4]
+CLASS_DROPOUT = 0.1  # of classes, for guidance (arXiv 2207.12598)
 INPAINTING_PARTICLES = 64  # ours: images that are drawn together for one hole
 INPAINTING_ROUNDS = 16  # ours: rounds in which a masked model reveals hidden pixels
 KNN_NEIGHBORS, KNN_TEMPERATURE = 200, 0.07  # the usual settings in the field; the paper has no k-NN

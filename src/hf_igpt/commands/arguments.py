@@ -53,7 +53,21 @@ class SampleArguments:
         default=None, metadata={"help": "Where the pictures go. Default: the model's folder."}
     )
     num_images: int = field(
-        default=0, metadata={"help": "Images drawn from nothing. Default: 16 if nothing is completed."}
+        default=0,
+        metadata={
+            "help": "Images drawn from nothing, of each class. Default: 16 if nothing is completed, 8 of a class."
+        },
+    )
+    classes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Classes to draw, by name, with a model that was trained with --class_conditional; of images that are "
+            "completed, one for all or one for each."
+        },
+    )
+    guidance: float = field(
+        default=1.0,
+        metadata={"help": "Draw what is more typical of its class than the model says: 1.5 to 4, say; 1: no guidance."},
     )
     images: list[str] = field(default_factory=list, metadata={"help": "Image files to complete, or folders of them."})
     num_held_out: int = field(
@@ -107,7 +121,7 @@ class SampleArguments:
 
     def __post_init__(self) -> None:
         ranges = {
-            "at least 1": ("num_completions", "batch_size", "particles", "steps"),
+            "at least 1": ("num_completions", "batch_size", "particles", "steps", "guidance"),
             "positive": ("temperature",),
             "above 0 and at most 1": ("top_p",),
         }
@@ -209,6 +223,13 @@ class ScoreArguments:
     compare: list[str] = field(
         default_factory=list,
         metadata={"help": "Image files or folders of another kind: how well does nats per pixel tell them apart?"},
+    )
+    by_class: bool = field(
+        default=False,
+        metadata={
+            "help": "Also say of which class each image is, by which class makes it most likely, with a model that was trained "
+            "with --class_conditional; as many forward passes as there are classes."
+        },
     )
     num_maps: int = field(
         default=8, metadata={"help": "Images with a map of each pixel's surprise, least to most surprising."}

@@ -1,11 +1,13 @@
-"""`scripts/run_pretrain.py`: pretrain an Image GPT, causal or masked, on images without labels."""
+"""`scripts/run_pretrain.py`: pretrain an Image GPT, causal or masked, on images without labels, or told their classes."""
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 
@@ -53,12 +55,14 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         processor=checkpoint or model_args.image_processor_name or model_args.model_name_or_path,
         num_colors=model_args.num_colors,
         hub_source=model_args.hub_source(),
+        class_dropout=args.class_dropout,
         num_workers=args.dataloader_num_workers,
         progress=not args.disable_tqdm,
     )
     images.check_enough(args.images_per_step())
     processor = images.processor
-    model = runs.build_model(model_args, args, processor)
+    classes = images.classes if args.class_conditional else []
+    model = runs.build_model(model_args, args, processor, classes)
     if checkpoint:
         resuming.check_same_run(checkpoint, model.config, resuming.collect_identity(model_args, images, args))
     masked = model.config.objective == "masked"
@@ -84,9 +88,14 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
 
     def measure(prefix: str, step: int) -> Record:
         # Not `evaluate`, which would log, plot and draw samples as for a training step.
-        metrics = cast(dict[str, float], trainer.predict(held_out, metric_key_prefix=prefix).metrics)
-        nats = metrics[f"{prefix}_nats_per_pixel"]
-        return runs.record_training(trainer, step, metric="nats_per_pixel", value=nats, n=len(held_out), **about)
+        found = trainer.predict(held_out, metric_key_prefix=prefix)
+        nats = cast(dict[str, float], found.metrics)[f"{prefix}_nats_per_pixel"]
+        told: dict[str, Any] = {}
+        if classes:
+            by_class = average_by_class(found.predictions, found.label_ids, classes)
+            told = {"classes": len(classes), "details": {"nats per pixel by class": by_class}}
+        about_model = about | told
+        return runs.record_training(trainer, step, metric="nats_per_pixel", value=nats, n=len(held_out), **about_model)
 
     def keep_milestone() -> None:
         step = trainer.state.global_step
@@ -102,7 +111,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     runs.log_plan(trainer, images, f"{len(held_out)} held out")
     runs.train(trainer, checkpoint)
     records = [measure("final", trainer.measured_step)]
-    records += [runs.record_baseline(records[0], name, value) for name, value in reference.items()]
+    untold = replace(records[0], classes=None)  # models that only count
+    records += [runs.record_baseline(untold, name, value) for name, value in reference.items()]
     if args.should_save:
         curve_baselines = {name: value for name, value in reference.items() if name != UNIFORM}
         save_picture(plots.training_curve(trainer.state.log_history, curve_baselines), folder / "training.png")
@@ -110,6 +120,15 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     log_summary(args, records, model.config.objective)
     runs.finish(trainer)
     return records
+
+
+def average_by_class(nats: Any, labels: Any, classes: list[str]) -> dict[str, float]:
+    """Return the mean of `nats` (n,) over the images of each class, by name. labels: (n,) numbers of classes, −1 for none."""
+    return {
+        name: float(np.mean(nats[labels == number], dtype=np.float64))
+        for number, name in enumerate(classes)
+        if (labels == number).any()
+    }
 
 
 def measure_counting_baselines(images: TrainingImages, masked: bool) -> dict[str, float]:
@@ -142,12 +161,16 @@ def make_picture_drawer(
 ) -> Callable[[Any], Image.Image]:
     """Make a function that turns a model into a picture.
 
-    A causal model draws images; a masked model fills in the hidden pixels of held-out images.
+    A causal model draws images, of all classes in turn if it is told classes; a masked model fills in the hidden pixels of held-out images.
     """
 
     def draw(model: Any) -> Image.Image:
         if model.config.objective == "causal":
-            images = cast(list[Image.Image], sample(model, processor, args.num_samples, seed=args.seed, progress=False))
+            n_classes, count = model.config.n_class_tokens, args.num_samples
+            classes = sorted(number % n_classes for number in range(count)) if n_classes else None
+            images: Any = sample(
+                model, processor, 1 if classes else count, classes=classes, seed=args.seed, progress=False
+            )
             return plots.square_grid(images)
         batch = collate_tokens(held_out.__getitems__(range(min(args.num_samples, len(held_out)))))
         filled = fill_in(model, batch["labels"], batch[MASK], seed=args.seed)
@@ -165,6 +188,8 @@ def log_summary(args: PretrainingArguments, records: list[Record], objective: st
         log_main(f"  {record.value:8.4f} ({record.value * BITS_PER_NAT:.4f})  {name}")
     log_main(f"\nWrote the model, its palette, pictures (samples/, training.png) and records to {args.output_dir}")
     if objective == "causal":
-        log_main(f"Next: python scripts/run_sample.py --model_name_or_path {args.output_dir} --num_images 16")
+        known = [f'"{name}"' for name in records[0].details.get("nats per pixel by class", {})]
+        classes = " ".join([" --classes", *known[:2]]) if known else ""
+        log_main(f"Next: python scripts/run_sample.py --model_name_or_path {args.output_dir} --num_images 16{classes}")
     else:
         log_main(f"Next: python scripts/run_finetune.py --model_name_or_path {args.output_dir}")

@@ -12,6 +12,7 @@ from ..configuration_imagegpt import ImageGPTConfig
 from ..evaluation.held_out import select_held_out
 from ..evaluation.records import save_animation, save_picture
 from ..generation_imagegpt import complete, draw_rounds, find_hidden, inpaint_tokens, sample
+from ..inputs_imagegpt import find_classes
 from ..modeling_imagegpt import GENERATIVE_MODELS
 from ..reporting import plots
 from .arguments import SampleArguments
@@ -32,12 +33,16 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
         )
     if len(asked) > 1:
         raise ValueError(f"--{asked[0]} and --{asked[1]} each say what is drawn: give one of them.")
+    if args.guidance != 1 and (not args.classes or args.mask or args.box):
+        raise ValueError("--guidance strengthens --classes in whole images and their lower parts: give these.")
     mask: Any = args.mask if args.box is None else args.box
     check_model_exists(args.model_name_or_path)
     folder = folder_beside(args.model_name_or_path, args.output_dir)
     device = find_device(args.device)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    objective = ImageGPTConfig.from_pretrained(args.model_name_or_path).objective
+    config = ImageGPTConfig.from_pretrained(args.model_name_or_path)
+    objective = config.objective
+    classes = find_classes(config, args.classes) if args.classes else None
     if objective != "causal" and (mask is None or args.num_images):
         raise ValueError(
             f"{args.model_name_or_path} is a masked model, which draws hidden pixels given the others and no whole images: draw "
@@ -52,24 +57,37 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
     model.to(device)
     given = [data.read_image({"bytes": None, "path": str(file)}) for file in data.named_images(args.images)]
     if args.num_held_out:
-        cells, _ = select_held_out(args.model_name_or_path, data_args, args.num_held_out, args.split_seed)
-        print(f"Completing {len(cells)} held-out images of {data_args.name()}")
-        given += [data.read_image(cell) for cell in cells]
+        held_out, _ = select_held_out(args.model_name_or_path, data_args, args.num_held_out, args.split_seed)
+        print(f"Completing {len(held_out)} held-out images of {data_args.name()}")
+        given += [data.read_image(cell) for cell in held_out[data.IMAGE]]
     hidden = None if mask is None else np.stack([find_hidden(processor, mask, image.size).ravel() for image in given])
+    if given and classes and len(classes) not in (1, len(given)):
+        raise ValueError(f"--classes: give one class, or one for each of {len(given)} images; found {len(classes)}.")
     folder.mkdir(parents=True, exist_ok=True)
-    options = {name: getattr(args, name) for name in ("seed", "temperature", "top_k", "top_p", "batch_size")}
+    options: dict[str, Any] = {
+        name: getattr(args, name) for name in ("seed", "temperature", "top_k", "top_p", "batch_size")
+    }
+    options["classes"] = classes
+    guidance: dict[str, Any] = {"guidance": args.guidance}
     written = []
-    num_images = args.num_images or (0 if given else 16)
+    num_images = args.num_images or (0 if given else 8 if classes else 16)
     if num_images:
         start = time.perf_counter()
-        tokens: Any = sample(model, processor, num_images, **options, return_tokens=True)
-        print(f"Drew {num_images} images, {(time.perf_counter() - start) / num_images * 1000:.0f} ms each")
+        tokens: Any = sample(model, processor, num_images, **options, **guidance, return_tokens=True)
+        print(f"Drew {len(tokens)} images, {(time.perf_counter() - start) / len(tokens) * 1000:.0f} ms each")
         written.append(folder / "samples.png")
-        save_picture(plots.square_grid(processor.decode(tokens)), written[-1])
+        pictures = processor.decode(tokens)
+        if classes:
+            names = [(config.id2label or {}).get(number, str(number)) for number in classes]
+            by_class = [pictures[start : start + num_images] for start in range(0, len(pictures), num_images)]
+            save_picture(plots.class_picture(names, by_class), written[-1])
+        else:
+            save_picture(plots.square_grid(pictures), written[-1])
         if args.gif:
             order = np.broadcast_to(np.arange(1, tokens.shape[1] + 1), tokens.shape)
             written.append(folder / "samples.gif")
-            save_animation(plots.drawing_frames(processor, tokens.numpy(), order), written[-1])
+            columns = num_images if classes else None
+            save_animation(plots.drawing_frames(processor, tokens.numpy(), order, columns), written[-1])
     if given and args.seen:
         written.append(folder / "seen.png")
         save_picture(plots.pictures_seen(processor, given), written[-1])
@@ -83,7 +101,7 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
         written.append(folder / "inpainted.png")
     elif given:
         tokens = processor(given, return_tensors="pt")["input_ids"]
-        options |= {"tokens": tokens, "return_tokens": True}
+        options |= {"tokens": tokens, "return_tokens": True} | guidance
         drawn = complete(model, processor, None, args.rows, args.num_completions, **options)
         kept = (height // 2 if args.rows is None else args.rows) * processor.token_grid()[1]
         hidden = np.broadcast_to(np.arange(tokens.shape[1]) >= kept, tokens.shape)

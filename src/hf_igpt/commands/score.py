@@ -12,10 +12,26 @@ from sklearn.metrics import roc_auc_score
 from tqdm.auto import tqdm
 
 from ..configuration_imagegpt import ImageGPTConfig
-from ..data import TOKENS, DataArguments, named_images, processor_of, read_image, report_bad_images
+from ..data import (
+    IMAGE,
+    LABEL,
+    TOKENS,
+    DataArguments,
+    named_images,
+    processor_of,
+    read_image,
+    read_labels,
+    report_bad_images,
+)
 from ..evaluation.baselines import UNIFORM
 from ..evaluation.held_out import record_of_training, select_held_out
-from ..evaluation.metrics import BITS_PER_NAT, check_causal, measure_surprise
+from ..evaluation.metrics import (
+    BITS_PER_NAT,
+    accuracy,
+    check_causal,
+    measure_class_likelihoods,
+    measure_surprise,
+)
 from ..evaluation.records import (
     SCORE,
     UNITS,
@@ -37,7 +53,10 @@ from .folders import check_model_exists, folder_beside, load_trained
 
 @dataclass
 class ImageSet:
-    """Images of one kind: names, tokens (n, N), the seed of their split if there is one, and once scored −log p in nats (n, N)."""
+    """Images of one kind: names, tokens (n, N), the seed of their split if there is one, and once scored −log p in nats (n, N).
+
+    labels: the names of the classes of those whose class is known, by the names of the images. posterior: (n, C) p(c | x).
+    """
 
     kind: str  # "scored" or "compared"
     split: str
@@ -45,7 +64,9 @@ class ImageSet:
     names: list[str]
     tokens: np.ndarray
     seed: int | None = None
+    labels: dict[str, str] = field(default_factory=dict)
     surprise: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    posterior: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
 
     @property
     def nats_per_pixel(self) -> np.ndarray:
@@ -56,7 +77,8 @@ class ImageSet:
 def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     """Score images with a causal model: nats per pixel of each, and how surprising each pixel is.
 
-    Writes `scores.csv`, `surprise.png`, `histogram.png` and, last, `score.json`, whose records it returns; with `attention`
+    Writes `scores.csv`, `surprise.png`, `histogram.png`, with `by_class` also `classes.csv` and, if classes are known,
+    `confusion.png`, and, last, `score.json`, whose records it returns; with `attention`
     also `attention-1.png` and so on, one for each image of `surprise.png` in its order. What is wrong
     with the model, the folders or the images is a ValueError before any forward pass.
     """
@@ -66,6 +88,10 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     device = find_device(args.device)
     config = ImageGPTConfig.from_pretrained(name)
     check_causal(config)
+    if args.by_class and not config.n_class_tokens:
+        raise ValueError(
+            f"--by_class: {name} knows no classes. Train a model with run_pretrain.py --class_conditional."
+        )
     processor = processor_of(name, config)
     height, width = processor.token_grid()
     if args.attention and not (args.attention[0] < height and args.attention[1] < width):
@@ -81,8 +107,14 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     model.to(device)
     tokens = np.concatenate([images.tokens for images in sets])
     surprise = measure_surprise(model, tokens, batch_size=args.batch_size, bf16=args.bf16).numpy()
-    for images, part in zip(sets, np.split(surprise, [len(sets[0].names)]), strict=False):
+    border = [len(sets[0].names)]
+    for images, part in zip(sets, np.split(surprise, border), strict=False):
         images.surprise = part
+    if args.by_class:
+        options: dict[str, Any] = {"batch_size": args.batch_size, "bf16": args.bf16}
+        posterior = measure_class_likelihoods(model, tokens, **options).softmax(dim=1).numpy()
+        for images, part in zip(sets, np.split(posterior, border), strict=False):
+            images.posterior = part
 
     records = record_scores(args, model, processor, sets)
     shown = choose_shown(args.num_maps, sets)
@@ -95,37 +127,77 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 picture = draw_attention(model, processor, images, row, *args.attention)
             pictures[f"attention-{number}.png"] = picture
+    tables = {"scores.csv": tabulate_scores(sets)}
+    if args.by_class:
+        tables["classes.csv"] = tabulate_classes(sets, class_names(config))
+        labels, found = known_classes(sets[0], class_names(config))
+        if len(labels):
+            pictures["confusion.png"] = plots.confusion_matrix(labels, found, class_names(config))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SCORE).unlink(missing_ok=True)  # it would describe other files than those that follow
     for earlier in folder.glob("attention-*.png"):  # of other images, or of another pixel
         if earlier.stem.removeprefix("attention-").isdecimal():
             earlier.unlink()
-    with whole_file(folder / "scores.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["image", "set", "nats_per_pixel", "bits_per_pixel"])
-        for images in sets:
-            for image, nats in zip(images.names, images.nats_per_pixel, strict=True):
-                rows.writerow([image, images.kind, f"{nats:.6f}", f"{nats * BITS_PER_NAT:.6f}"])
+    for table_name, table in tables.items():
+        with whole_file(folder / table_name) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(table)
     for picture_name, picture in pictures.items():
         save_picture(picture, folder / picture_name)
     write_records(folder / SCORE, records)
     print_scores(sets, records)
-    print(f"Wrote scores.csv, {', '.join(pictures)} and {SCORE} to {folder}")
+    print(f"Wrote {', '.join([*tables, *pictures])} and {SCORE} to {folder}")
     return records
+
+
+def class_names(config: ImageGPTConfig) -> list[str]:
+    """The names of the classes that a model can be told, by their numbers."""
+    names = [str(name) for name in (config.id2label or {}).values()]
+    return names if len(names) == config.n_class_tokens else [str(number) for number in range(config.n_class_tokens)]
+
+
+def known_classes(images: ImageSet, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The classes, and those that the posterior finds likeliest, of the images whose class is known, (m,) numbers each."""
+    known = [row for row in range(len(images.posterior)) if images.labels.get(images.names[row]) in names]
+    labels = [names.index(images.labels[images.names[row]]) for row in known]
+    found = [int(images.posterior[row].argmax()) for row in known]
+    return np.array(labels, dtype=int), np.array(found, dtype=int)
+
+
+def tabulate_scores(sets: list[ImageSet]) -> list[list[str]]:
+    """The rows of `scores.csv`, with their head."""
+    rows = [["image", "set", "nats_per_pixel", "bits_per_pixel"]]
+    for images in sets:
+        for image, nats in zip(images.names, images.nats_per_pixel, strict=True):
+            rows.append([image, images.kind, f"{nats:.6f}", f"{nats * BITS_PER_NAT:.6f}"])
+    return rows
+
+
+def tabulate_classes(sets: list[ImageSet], names: list[str]) -> list[list[str]]:
+    """The rows of `classes.csv`, with their head: the class if it is known, the likeliest, and p(c | x) of each."""
+    rows = [["image", "set", "class", "likeliest", *names]]
+    for images in sets:
+        for image, chances in zip(images.names, images.posterior, strict=True):
+            likeliest = names[int(chances.argmax())]
+            rows.append([image, images.kind, images.labels.get(image, ""), likeliest, *(f"{p:.6f}" for p in chances)])
+    return rows
 
 
 def read_scored_set(args: ScoreArguments, data_args: DataArguments, processor: AnyImageProcessor) -> ImageSet:
     """The images to score: those that are named, and held-out ones of the data that the model was trained on."""
     cells, datasets, seed = name_images(args.images), [summarize_places(args.images)] if args.images else [], None
+    labels: dict[str, str] = {}
     if args.num_held_out:
         held_out, seed = select_held_out(args.model_name_or_path, data_args, args.num_held_out, args.split_seed)
-        for index, cell in enumerate(held_out):
+        classes = read_labels(held_out) if LABEL in held_out.features else [None] * len(held_out)
+        for index, (cell, label) in enumerate(zip(held_out[IMAGE], classes, strict=True)):
             path = cell.get("path") if isinstance(cell, dict) else None
-            cells.append((f"held out {index}" + (f", {Path(path).name}" if path else ""), cell))
+            name = f"held out {index}" + (f", {Path(path).name}" if path else "")
+            cells.append((name, cell))
+            labels |= {} if label is None else {name: label}
         datasets.append(data_args.name())
     names, tokens = read_images(cells, processor, data_args.on_bad_image)
     split = "scored" if args.images else "held out"
-    return ImageSet("scored", split, " and ".join(datasets), names, tokens, seed)
+    return ImageSet("scored", split, " and ".join(datasets), names, tokens, seed, labels)
 
 
 def name_images(places: list[str]) -> list[tuple[str, Any]]:
@@ -190,6 +262,21 @@ def record_scores(
         )
         for images in sets
     ]
+    labels, found = known_classes(sets[0], class_names(model.config))
+    if len(labels):
+        records.append(
+            Record(
+                **common,
+                **fields_of_images(sets[0].dataset, processor, model.config.n_class_tokens),
+                metric="accuracy",
+                value=accuracy(found, labels),
+                unit=UNITS["accuracy"],
+                split=sets[0].split,
+                n=len(labels),
+                seed=sets[0].seed,
+                probe="class likelihoods",
+            )
+        )
     if len(sets) == 2:
         nats = np.concatenate([images.nats_per_pixel for images in sets])
         is_compared = np.repeat([0, 1], [len(images.names) for images in sets])
@@ -276,5 +363,7 @@ def print_scores(sets: list[ImageSet], records: list[Record]) -> None:
         for word, (value, image) in lines.items():
             print(f"    {word:<7} {value:7.4f} ({value * BITS_PER_NAT:.4f})  {image}".rstrip())
     for record in records:
+        if record.metric == "accuracy":
+            print(f"  accuracy {record.value:.4f}: how often an image is likeliest under its own class, n = {record.n}")
         if record.metric == "auroc":
             print(f"  AUROC {record.value:.4f}: how often a compared image has more nats per pixel than a scored one")

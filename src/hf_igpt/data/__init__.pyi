@@ -1,8 +1,9 @@
 from .arguments import DataArguments
 from .images import find_image_files, named_images, random_crop, read_image, report_bad_images
 from .prepare import TrainingImages, load_processor, processor_of, read_processor, sample_pixels
-from .sources import IMAGE, LABEL, digits, load_images, load_labelled_images
+from .sources import IMAGE, LABEL, digits, label_classes, load_images, load_labelled_images, read_labels
 from .tokens import (
+    CLASS,
     MASK,
     TOKENS,
     ImageTokens,
@@ -16,6 +17,7 @@ from .tokens import (
 )
 
 __all__ = [
+    "CLASS",
     "IMAGE",
     "LABEL",
     "MASK",
@@ -28,6 +30,7 @@ __all__ = [
     "digits",
     "drop_unreadable",
     "find_image_files",
+    "label_classes",
     "load_images",
     "load_labelled_images",
     "load_processor",
@@ -35,6 +38,7 @@ __all__ = [
     "processor_of",
     "random_crop",
     "read_image",
+    "read_labels",
     "read_processor",
     "repeat_stream",
     "report_bad_images",

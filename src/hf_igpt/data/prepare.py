@@ -28,7 +28,7 @@ from ..image_processing_imagegpt import (
 from ..presets import DIGITS_IMAGE_SIZE, DIGITS_N_COLORS, IMAGE_SIZE, N_COLORS, PALETTE_PIXELS
 from .arguments import DataArguments, parse_image_size
 from .images import read_images, report_bad_images
-from .sources import IMAGE, LABEL, AnyDataset, Splits, load_images, load_labelled_images
+from .sources import IMAGE, LABEL, AnyDataset, Splits, label_classes, load_images, load_labelled_images
 from .tokens import (
     BATCH,
     SHUFFLE_BUFFER,
@@ -49,7 +49,8 @@ class TrainingImages:
     """The images of a run: its splits, its image processor and its tokens, each made once and the same in every process.
 
     splits: `{"train": …, "validation": …}` of undecoded images, and with `labelled` also "test", as `load_images` and
-    `load_labelled_images` return them. Splits are drawn with `split_seed` (None: `seed`), the palette and augmentation with
+    `load_labelled_images` return them. With a `class_dropout`, rows name the class of their image, which is left out of those for
+    training with that probability. Splits are drawn with `split_seed` (None: `seed`), the palette and augmentation with
     `seed`.
 
     processor: the folder or Hub name of an image processor, or a palette file (.npy, .json); None fits a palette of
@@ -68,6 +69,7 @@ class TrainingImages:
         seed: int,
         *,
         labelled: bool = False,
+        class_dropout: float | None = None,
         split_seed: int | None = None,
         processor: str | None = None,
         num_colors: int | None = None,
@@ -75,7 +77,7 @@ class TrainingImages:
         num_workers: int = 0,
         progress: bool = True,
     ) -> None:
-        self._args, self.seed, self.progress = args, seed, progress
+        self._args, self.seed, self.progress, self.class_dropout = args, seed, progress, class_dropout
         self.split_seed = seed if split_seed is None else split_seed
         self._processor_source, self._num_colors, self._hub_source = processor, num_colors, hub_source or {}
         self._tokens: dict[str, datasets.Dataset] = {}
@@ -87,6 +89,8 @@ class TrainingImages:
             else:
                 share = (state.process_index, state.num_processes, num_workers)
                 self.splits = load_images(args, self.split_seed, *share)
+                if class_dropout is not None:
+                    self.splits = label_classes(self.splits, args.name())
 
     @property
     def name(self) -> str:
@@ -95,7 +99,7 @@ class TrainingImages:
 
     @property
     def classes(self) -> list[str]:
-        """The names of the classes, if the images are labelled."""
+        """The names of the classes, if the images are labelled or rows name classes."""
         return self.splits["train"].features[LABEL].names
 
     @property
@@ -203,14 +207,16 @@ class TrainingImages:
 
     def rows(self, split: str, masked: bool) -> ImageTokens:
         """Return the rows of a split for a `DataLoader`, without augmentation. masked: whether each row has a mask."""
-        return ImageTokens(self.tokens(split), self.processor, masked=masked, seed=self.seed)
+        dropout = None if self.class_dropout is None else 0.0
+        return ImageTokens(self.tokens(split), self.processor, masked=masked, class_dropout=dropout, seed=self.seed)
 
     def training_rows(self, masked: bool) -> ImageTokens | datasets.IterableDataset:
         """Return the rows of the training images with the requested augmentation; of a stream, this process's share."""
         args, state = self._args, PartialState()
+        drawn: dict[str, Any] = {"masked": masked, "class_dropout": self.class_dropout, "seed": self.seed}
         if self.is_stream:
             train = repeat_stream(self.splits["train"], self.seed, state.num_processes)
-            return stream_tokens(train, self.processor, args, masked, self.seed, state.process_index)
+            return stream_tokens(train, self.processor, args, **drawn, process=state.process_index)
         if self.has_training_tokens:
             images = self.tokens("train")
         else:
@@ -219,7 +225,7 @@ class TrainingImages:
                 with _main_process_first():
                     images = drop_unreadable(images, args.preprocessing_num_workers)
         augmentation = {name: getattr(args, name) for name in ("random_crop", "random_flip", "pad_crop")}
-        return ImageTokens(images, self.processor, masked=masked, seed=self.seed, **augmentation)
+        return ImageTokens(images, self.processor, **drawn, **augmentation)
 
 
 @contextmanager

@@ -111,6 +111,33 @@ def load_labelled_images(args: DataArguments, seed: int = SEED) -> dict[str, dat
     return _limit_sizes({split: splits[split] for split in ("train", "validation", "test")}, args, seed)
 
 
+def label_classes(splits: Splits, name: str) -> Splits:
+    """Return splits from `load_images` with their labels as `ClassLabel`s with the class names of train, −1 for no label.
+
+    name: the images' name, for the ValueErrors: train has no labels, fewer than two classes, or, as a stream, labels without
+    names; another split has a class that train does not have.
+    """
+    train = splits["train"]
+    if LABEL not in train.features:
+        raise ValueError(
+            f"The images of {name} have no labels: name their column by --label_column_name, sort the image files into one "
+            "folder per class, or leave --class_conditional out."
+        )
+    if isinstance(train, datasets.IterableDataset):
+        feature = train.features[LABEL]
+        if not isinstance(feature, datasets.ClassLabel):
+            raise ValueError(f"The labels of a stream are of the type ClassLabel; those of {name} are {feature}.")
+        names = feature.names
+    else:
+        names = _find_class_names(train)
+    return {
+        split: dataset
+        if isinstance(dataset, datasets.IterableDataset)
+        else _set_classes(dataset, names, split, required=False)
+        for split, dataset in splits.items()
+    }
+
+
 def _hold_out(dataset: datasets.Dataset, args: DataArguments, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Split a dataset without a validation split into (train, held out)."""
     default = DIGITS_HELD_OUT_FRACTION if args.is_embedded else HELD_OUT_FRACTION
@@ -143,7 +170,7 @@ def _is_labelled(dataset: datasets.Dataset | None) -> bool:
     )
 
 
-def _read_labels(dataset: datasets.Dataset) -> list[str | None]:
+def read_labels(dataset: datasets.Dataset) -> list[str | None]:
     """Return the class name of every image, None for an image without a label."""
     feature, labels = dataset.features[LABEL], dataset[LABEL]
     if isinstance(feature, datasets.ClassLabel):
@@ -166,19 +193,23 @@ def _find_class_names(dataset: datasets.Dataset) -> list[str]:
     return names
 
 
-def _set_classes(dataset: datasets.Dataset, names: list[str], split: str) -> datasets.Dataset:
-    """Return `dataset` with its labels as `ClassLabel` with the class names `names`."""
-    found = _read_labels(dataset)
+def _set_classes(dataset: datasets.Dataset, names: list[str], split: str, required: bool = True) -> datasets.Dataset:
+    """Return `dataset` with its labels as `ClassLabel` with the class names `names`; without `required`, some are −1."""
+    found = read_labels(dataset) if LABEL in dataset.features or required else [None] * len(dataset)
     for row, name in enumerate(found):
+        if name is None and not required:
+            continue
         if name is None:
             raise ValueError(f"Image {row} of the {split} split has no label: leave it out.")
         if name not in names:
             raise ValueError(f"The {split} split has a class {name!r} that the training images do not have.")
     feature = datasets.ClassLabel(names=names)
-    if dataset.features[LABEL] == feature:
+    if dataset.features.get(LABEL) == feature and None not in dataset[LABEL]:
         return dataset
-    labels = [names.index(str(name)) for name in found]
-    return dataset.remove_columns(LABEL).add_column(LABEL, labels, feature=feature)
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(names)} | {None: -1}
+    labels = [numbers[name] for name in found]
+    others = dataset.remove_columns(LABEL) if LABEL in dataset.features else dataset
+    return others.add_column(LABEL, labels, feature=feature)
 
 
 def _load_raw(args: DataArguments) -> Splits:

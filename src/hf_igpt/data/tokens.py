@@ -29,6 +29,7 @@ from .sources import IMAGE, LABEL
 
 TOKENS = "input_ids"
 MASK = "bool_masked_pos"
+CLASS = "class_labels"  # as the model is told, or −1 for none
 _CACHE_VERSION = 2  # to be raised when the same image and processor give other tokens
 SHUFFLE_BUFFER = 10_000  # images in the shuffle buffers of a stream, over all processes
 BATCH = 32  # images tokenised between two writes to the cache
@@ -159,7 +160,8 @@ class ImageTokens(torch.utils.data.Dataset[Row]):
 
     dataset: from `tokenize`, or, with `random_crop`, from `load_images`. pad_crop and random_flip work on tokens, because
     moving the pixels of a small image moves its tokens. Rows have a `label` if the dataset does, and with `masked` a
-    `bool_masked_pos` (N,), True where a pixel is hidden [V2 2.1]. Random draws depend only on (seed, epoch, index), so they
+    `bool_masked_pos` (N,), True where a pixel is hidden [V2 2.1]. With a `class_dropout` they have `class_labels`, the label
+    or, with that probability, −1 for no class. Random draws depend only on (seed, epoch, index), so they
     are the same for any number of processes and workers, and after resuming. Only `begin_epoch` says which epoch it is:
     accelerate, which calls a `set_epoch` of datasets, does so in some of its loaders only, and with numbers of its own.
     """
@@ -172,8 +174,10 @@ class ImageTokens(torch.utils.data.Dataset[Row]):
         random_flip: bool = False,
         pad_crop: bool = False,
         masked: bool = False,
+        class_dropout: float | None = None,
         seed: int = 0,
     ) -> None:
+        self.class_dropout = class_dropout
         self.processor, self.random_crop, self.random_flip = processor, random_crop, random_flip
         self.pad_crop, self.masked, self.seed = pad_crop, masked, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
@@ -214,6 +218,9 @@ class ImageTokens(torch.utils.data.Dataset[Row]):
         for row, index in zip(rows, indices, strict=True):
             if self.labels is not None:
                 row[LABEL] = self.labels[index]
+            if self.class_dropout is not None and self.labels is not None:
+                drops = self._rng(index, 4).random() < self.class_dropout
+                row[CLASS] = np.int64(-1 if drops else self.labels[index])
             if self.masked:
                 row[MASK] = self._rng(index, 3).random(tokens.shape[1]) < MASK_PROBABILITY
         return rows
@@ -271,10 +278,11 @@ def stream_tokens(
     processor: AnyImageProcessor,
     args: DataArguments,
     masked: bool = False,
+    class_dropout: float | None = None,
     seed: int = 0,
     process: int = 0,
 ) -> datasets.IterableDataset:
-    """Turn a stream of images into a stream of rows like those of `ImageTokens`, augmented and masked.
+    """Turn a stream of images into a stream of rows like those of `ImageTokens`, augmented, masked and with classes.
 
     Random draws depend only on the seed, the process, the `DataLoader`'s worker and the position in its stream, so a resumed
     run, which reads the stream from its beginning, draws the same.
@@ -289,12 +297,18 @@ def stream_tokens(
         for reason in filter(None, reasons):
             tqdm.write(f"Left out {reason}")
         if not found:
-            return {TOKENS: []} | ({MASK: []} if masked else {})
+            return {name: [] for name in (TOKENS, *[MASK] * masked, *[CLASS] * (class_dropout is not None))}
         tokens = np.stack(found)
         if args.random_flip:
             tokens = _mirror(tokens, grid[1], rng.random(len(tokens)) < 0.5)
-        masks = {MASK: list(rng.random(tokens.shape) < MASK_PROBABILITY)} if masked else {}
-        return {TOKENS: list(tokens)} | masks
+        rows = {TOKENS: list(tokens)}
+        if masked:
+            rows[MASK] = list(rng.random(tokens.shape) < MASK_PROBABILITY)
+        if class_dropout is not None:
+            labels = [label for label, reason in zip(batch[LABEL], reasons, strict=True) if not reason]
+            drops = rng.random(len(labels)) < class_dropout
+            rows[CLASS] = [-1 if drop or label is None else label for drop, label in zip(drops, labels, strict=True)]
+        return rows
 
     columns = list(dataset.features)
     return dataset.map(to_tokens, batched=True, batch_size=BATCH, with_indices=True, remove_columns=columns)
@@ -307,10 +321,11 @@ def _stack(rows: Sequence[Row], name: str) -> torch.Tensor:
 def collate_tokens(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """Make a batch for pretraining from rows of `ImageTokens`.
 
-    Returns `{"labels": (B, N) int64}`, and for a masked model also `bool_masked_pos` (B, N).
+    Returns `{"labels": (B, N) int64}`, for a masked model also `bool_masked_pos` (B, N), and for one that is told classes
+    `class_labels` (B,) int64.
     """
     batch = {"labels": _stack(rows, TOKENS).long()}
-    return batch | {MASK: _stack(rows, MASK)} if MASK in rows[0] else batch
+    return batch | {name: _stack(rows, name) for name in (MASK, CLASS) if name in rows[0]}
 
 
 def collate_classified(rows: Sequence[Row]) -> dict[str, torch.Tensor]:

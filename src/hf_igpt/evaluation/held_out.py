@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data import IMAGE, DataArguments, load_images, load_labelled_images
+from ..data import DataArguments, load_images, load_labelled_images
 from ..presets import SEED
 from .records import RECORDS, Record, read_records, read_run
 
@@ -47,7 +47,7 @@ def check_same_split(model_name: str, data_args: DataArguments) -> None:
 def select_held_out(
     model_name: str, data_args: DataArguments, count: int, split_seed: int | None = None
 ) -> tuple[Dataset, int]:
-    """The first `count` undecoded images that a model was not trained on, and the seed of their split.
+    """The first `count` rows of undecoded images that a model was not trained on, and the seed of their split.
 
     The split is the one that the model's records name, unless `split_seed` is given. ValueError: the records name other
     data than `data_args`, or fewer images.
@@ -69,4 +69,4 @@ def select_held_out(
             split_seed = record.seed if record.split_seed is None else record.split_seed
     seed = SEED if split_seed is None else split_seed
     held_out = load(data_args, seed=seed)[split]
-    return held_out.select(range(min(count, len(held_out))))[IMAGE], seed
+    return held_out.select(range(min(count, len(held_out)))), seed

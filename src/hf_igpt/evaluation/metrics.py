@@ -60,6 +60,7 @@ def check_causal(config: ImageGPTConfig) -> None:
 def measure_surprise(
     model: ImageGPTForCausalImageModeling,
     tokens: Any,
+    class_labels: torch.Tensor | None = None,
     *,
     batch_size: int = 64,
     bf16: bool = False,
@@ -69,7 +70,8 @@ def measure_surprise(
 
     model: an `ImageGPTForCausalImageModeling`; its training flag is left as it was. tokens: (n, N) of colours 0..K-1, torch,
     numpy or a column of a tokenised dataset. A row's mean is that image's nats per pixel, the mean of all `model(labels=
-    tokens).loss`. batch_size: images in a forward pass; bf16: run it in bfloat16 autocast, the logarithms stay float32.
+    tokens).loss`. class_labels: (n,) the class of each image, −1 for none, which is also the default, if the model was
+    trained with classes. batch_size: images in a forward pass; bf16: run it in bfloat16 autocast, the logarithms stay float32.
     ValueErrors, before the first forward pass: a masked model, tokens of other shapes, colours the model does not have.
     """
     config, device = model.config, model.device
@@ -85,11 +87,37 @@ def measure_surprise(
     with evaluation_mode(model), bar:
         for start in range(0, len(tokens), batch_size):
             batch = tokens[start : start + batch_size].to(device)
+            told = None if class_labels is None else class_labels[start : start + batch_size].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = model(labels=batch).logits  # (B, N, K)
+                logits = model(labels=batch, class_labels=told).logits  # (B, N, K)
             found[start : start + len(batch)] = pixel_nats(logits, batch)
             bar.update(len(batch))
     return found
+
+
+def measure_class_likelihoods(
+    model: ImageGPTForCausalImageModeling,
+    tokens: Any,
+    *,
+    batch_size: int = 64,
+    bf16: bool = False,
+    progress: bool = True,
+) -> torch.Tensor:
+    """log p(x | c) of every image x under every class c, (n, C) float64 in nats, on the CPU; C forward passes for each image.
+
+    Its softmax over the classes is p(c | x) if all classes are equally likely beforehand: the model is a classifier, though it
+    was never trained to be one. The arguments, and the ValueErrors, are those of `measure_surprise`; a model without classes
+    is another.
+    """
+    if not model.config.n_class_tokens:
+        raise ValueError("This model knows no classes: train one with --class_conditional.")
+    found = []
+    classes = range(model.config.n_class_tokens)
+    for number in tqdm(classes, desc="Classes", unit="class", disable=None if progress else True):
+        told = torch.full((len(tokens),), number)
+        surprise = measure_surprise(model, tokens, told, batch_size=batch_size, bf16=bf16, progress=False)
+        found.append(-surprise.double().sum(dim=1))
+    return torch.stack(found, dim=1)
 
 
 def majority_vote(predictions: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -380,6 +380,7 @@ def describe_model(record: Record) -> str:
         if record.baseline is None:
             words += [f"{record.parameters:,} parameters"] if record.parameters is not None else []
             words += [f"{record.images_seen:,} images seen"] if record.images_seen is not None else []
+            words += ["told the class"] if record.task == "generation" and record.classes else []
     else:
         words += ["untrained"] if record.baseline == "untrained" else []
         words += ["fine-tuned"] if record.started_from else []

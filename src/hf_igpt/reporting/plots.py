@@ -143,6 +143,21 @@ def pictures_seen(processor: AnyImageProcessor, images: Sequence[Image.Image]) -
         return _picture(figure)
 
 
+def class_picture(names: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Images of classes, a row for each, with its name in front."""
+    width, height = rows[0][0].size
+    size = (len(rows[0]) + 1.2, len(rows) * height / width)
+    with _figure(len(rows), len(rows[0]), figsize=size, squeeze=False) as (figure, axes):
+        for name, row, line in zip(names, rows, axes, strict=True):
+            line[0].set_ylabel(name, rotation="horizontal", ha="right", va="center", fontsize=9)
+            for image, axis in zip(row, line, strict=True):
+                axis.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
+                axis.set_xticks([])
+                axis.set_yticks([])
+                axis.spines[:].set_visible(False)
+        return _picture(figure, pad=0.3)
+
+
 def completions_picture(rows: list[list[Image.Image]]) -> Image.Image:
     """`image_grid` of rows [original, given part, completion, …] with the columns named above."""
     n_columns, (width, height) = len(rows[0]), rows[0][0].size

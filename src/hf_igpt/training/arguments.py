@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from ..data.arguments import check_numbers
 from ..presets import (
     ADAM_BETAS,
+    CLASS_DROPOUT,
     EVALUATION_MASKS,
     FINETUNING_EPOCHS,
     FINETUNING_PATIENCE,
@@ -171,6 +172,7 @@ class RecipeArguments(TrainingArguments):
             "at least 1, or -1 for none": ("max_steps",),
             "positive": ("num_train_epochs", "max_minutes", "eval_steps", "save_steps", "logging_steps"),
             "at least 0 and below 1": ("adam_beta1", "adam_beta2", "ema_decay"),
+            "from 0 to 1": ("class_dropout",),
             "any number": ("local_rank", "ddp_bucket_cap_mb"),  # the launcher's and torch's own
         }
         check_numbers(self, ranges)
@@ -356,6 +358,19 @@ class PretrainingArguments(RecipeArguments):
             "(paper, Figure 3)."
         },
     )
+    class_conditional: bool = field(
+        default=False,
+        metadata={
+            "help": "Learn what images of each class look like, from labelled images: run_sample.py --classes then draws them."
+        },
+    )
+    class_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "With --class_conditional: fraction of the images whose class the model is not told, so that it also learns "
+            f"what images look like in general, which guidance needs. Default: {CLASS_DROPOUT}."
+        },
+    )
     num_samples: int = field(default=16, metadata={"help": "Images to draw at each evaluation; 0: none."})
     lr_scheduler_type: str = field(
         default="cosine", metadata={"help": "Learning rate schedule after warm-up (paper A.1: cosine to 0)."}
@@ -370,6 +385,14 @@ class PretrainingArguments(RecipeArguments):
 
     def __post_init__(self) -> None:
         self.milestone_fractions = parse_fractions(self.milestones)
+        if self.class_conditional and self.objective == "masked":
+            raise ValueError(
+                "--class_conditional is for causal models: in a masked one nothing stands before the image."
+            )
+        if self.class_dropout is not None and not self.class_conditional:
+            raise ValueError("--class_dropout is for --class_conditional: give that too.")
+        if self.class_conditional and self.class_dropout is None:
+            self.class_dropout = CLASS_DROPOUT
         super().__post_init__()
         self._check_metric("nats_per_pixel", "loss")
 

@@ -26,9 +26,10 @@ from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import (
     GENERATIVE_MODELS,
     ImageGPTForImageClassification,
+    ImageGPTModel,
     ImageGPTPreTrainedModel,
 )
-from .arguments import FinetuningArguments, ModelArguments, RecipeArguments
+from .arguments import FinetuningArguments, ModelArguments, PretrainingArguments, RecipeArguments
 from .callbacks import AverageWeights, Clock, ImageProgress, PushCheckpoints, log_main
 from .checkpoints import SealCheckpoints, is_sealed, list_checkpoints
 from .resuming import (
@@ -112,6 +113,8 @@ def describe_recipe(
         if config.objective == "causal":
             words = {"sos": "SOS first, as in pretraining", "raw": "raw pixels"}
             head["classifier inputs"] = words[args.classifier_inputs]
+    if isinstance(args, PretrainingArguments) and args.class_conditional:
+        head["classes"] = f"{config.n_class_tokens}, not told of {args.class_dropout:.0%} of the images"
     if model_args.image_processor_name:
         palette = "given"
     else:
@@ -166,17 +169,30 @@ def new_config(
 
 
 def build_model(
-    model_args: ModelArguments, args: RecipeArguments, processor: AnyImageProcessor
+    model_args: ModelArguments, args: PretrainingArguments, processor: AnyImageProcessor, classes: Sequence[str]
 ) -> ImageGPTPreTrainedModel:
-    """Build a generative model for --objective, new or from a checkpoint. One that does not fit the processor: ValueError."""
+    """Build a generative model for --objective, new or from a checkpoint.
+
+    classes: those that it is told of with --class_conditional, or none. A checkpoint of other classes, and a model that does
+    not fit the processor, are a ValueError.
+    """
     config = load_config(model_args, args.objective)
     if config is None:
-        config = new_config(model_args, args, processor)
+        overrides = {"n_class_tokens": len(classes), **name_classes(classes)} if classes else {}
+        config = new_config(model_args, args, processor, **overrides)
         model = GENERATIVE_MODELS[config.objective]._from_config(config, **model_args.attention())
     else:
         model = GENERATIVE_MODELS[config.objective].from_pretrained(
             model_args.model_name_or_path, **model_args.hub_source(), **model_args.attention()
         )
+        if classes and config.objective == "masked":
+            raise ValueError(f"--class_conditional is for causal models; {model_args.model_name_or_path} is masked.")
+        known = list((model.config.id2label or {}).values()) if model.config.n_class_tokens else []
+        if known and known != list(classes):
+            given = f"the images have {summarize_names([*classes])}" if classes else "--class_conditional is not given"
+            raise ValueError(f"{model_args.model_name_or_path} draws {summarize_names(known)}; {given}: give the same.")
+        if classes and not known:
+            set_classes(model, classes)
     processor.check_fits(model.config)
     check_same_grid(model_args, processor)
     return model
@@ -197,6 +213,25 @@ def check_same_grid(model_args: ModelArguments, processor: AnyImageProcessor) ->
             f"{name} was trained on images of {shapes[0]}, --image_processor_name makes {shapes[1]} (height x width): leave it "
             "out, or name one of the same shape."
         )
+
+
+def set_classes(model: ImageGPTPreTrainedModel, classes: Sequence[str]) -> None:
+    """Make a trained model's classes `classes`, of which it knows nothing yet: their tokens mean what SOS means. [] for none."""
+    config, backbone = model.config, cast(ImageGPTModel, model.base_model)
+    rows = backbone.wte.weight.detach()[: config.vocab_size]
+    table = torch.nn.Embedding.from_pretrained(
+        torch.cat([rows, rows[-1:].expand(len(classes), -1)]),
+        freeze=False,  # a copy
+    )
+    backbone.set_input_embeddings(table)
+    config.n_class_tokens = len(classes)
+    for name, value in name_classes(classes).items() if classes else ():
+        setattr(config, name, value)
+
+
+def name_classes(classes: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a configuration that hold the names of classes."""
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
 
 
 def classifier_config(
@@ -259,6 +294,8 @@ def build_classifier(
             )
         if not has_head:
             torch.nn.init.zeros_(model.score.weight)  # a new head, even if the checkpoint holds one for other classes
+        if model.config.n_class_tokens:  # it is not told the class that it is to find
+            set_classes(model, [])
     processor.check_fits(model.config)
     check_same_grid(model_args, processor)
     return model
@@ -277,8 +314,7 @@ def summarize_names(names: list[str]) -> str:
 def _head_fields(args: FinetuningArguments, objective: str, classes: list[str]) -> dict[str, Any]:
     """Return the fields that a classifier's configuration has in addition to those of a pretrained model."""
     return {
-        "id2label": dict(enumerate(classes)),
-        "label2id": {name: index for index, name in enumerate(classes)},
+        **name_classes(classes),
         "sos_inputs": objective == "causal" and args.classifier_inputs == "sos",
         "generative_loss_weight": args.generative_loss_weight,
     }

@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, has_length
 
-from ..data import MASK, TOKENS, ImageTokens, collate_classified, collate_tokens
+from ..data import CLASS, MASK, TOKENS, ImageTokens, collate_classified, collate_tokens
 from ..evaluation.metrics import BITS_PER_NAT, accuracy, nats_per_image
 from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import ImageGPTForImageClassification, ImageGPTPreTrainedModel
@@ -203,7 +203,7 @@ class ImageGPTTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
-        """Return the loss, a value for each image (B,), and labels (B,).
+        """Return the loss, a value for each image (B,), and labels (B,), which are classes if there are any.
 
         The value is the image's nats per pixel; for a classifier it is the predicted class, and for a classifier with a joint
         loss (class, nats per pixel). The logits of all images would not fit into memory.
@@ -214,7 +214,7 @@ class ImageGPTTrainer(Trainer):
         labels = inputs["labels"]
         if not self.classifies:
             nats = nats_per_image(outputs.logits, labels, inputs.get(MASK))
-            return outputs.loss, nats, labels[:, 0]
+            return outputs.loss, nats, inputs.get(CLASS, labels[:, 0])
         classes = outputs.logits.argmax(dim=-1)
         if outputs.generative_nats is None:
             return outputs.loss, classes, labels
