@@ -84,7 +84,8 @@ def render_card(
         shown=pictures,
         folder=folder,
         palette_picture=palette_picture,
-        plain=config.objective == "causal" and not config.sos_inputs,
+        plain=config.objective == "causal" and not config.sos_inputs and not config.n_class_tokens,
+        n_class_tokens=config.n_class_tokens,
         crops=crops,
         needs=NEEDS_HF_IGPT,
         causal=causal,
@@ -161,6 +162,9 @@ def summarize(config: ImageGPTConfig, grid: tuple[int, int], openai: str | None)
         "masked": "learned to predict hidden pixels from all others, without labels (BERT-style)",
     }[config.objective]
     origin = f"OpenAI's iGPT-{openai.upper()}, converted from its TensorFlow checkpoint: an" if openai else "An"
+    if config.n_class_tokens:
+        what = "learned to predict each pixel from those before it and from the class of the image"
+        what += f", and so draws and completes images of any of {config.n_class_tokens} classes, or of none"
     text = (
         f"{origin} [Image GPT](https://cdn.openai.com/papers/Generative_Pretraining_from_Pixels_V2.pdf) of "
         f"{config.n_layer} blocks of width {config.n_embd} for images of {grid[0]}x{grid[1]} pixels in "
