@@ -323,6 +323,14 @@ def test_a_checkpoint_that_was_cut_short_does_not_count(tmp_path, greys, interru
     assert capsys.readouterr().out.count("was not written to its end") == 3
 
 
+def test_nothing_is_left_of_a_checkpoint_whose_deletion_was_interrupted(tmp_path, greys, interrupted):  # noqa: F811
+    kill_after_training(interrupted, tmp_path)
+    for file in (SEAL, "model.safetensors"):
+        (tmp_path / "checkpoint-2" / file).unlink()
+    run(tmp_path, greys, max_steps=6, images=IMAGES, **SAVING)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+
+
 def test_a_run_without_any_good_checkpoint_is_not_overwritten(tmp_path, greys, interrupted):  # noqa: F811
     shutil.copytree(interrupted, tmp_path / "run")
     for step in (2, 4, 6):

@@ -96,6 +96,13 @@ class SealCheckpoints(TrainerCallback):
                 delete_old(checkpoint.parent, state, self.limit)
 
 
+def delete_cut_short(run: Path) -> None:
+    """Delete the checkpoints of a run that were not written, or not deleted, to the end."""
+    for path in list_checkpoints(run):
+        if not is_sealed(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def delete_old(run: Path, state: TrainerState, limit: int) -> None:
     """Delete checkpoints over the limit, and with them any that were cut short, and any that this run has not reached again."""
     found = list_checkpoints(run)

@@ -31,7 +31,7 @@ from ..modeling_imagegpt import (
 )
 from .arguments import FinetuningArguments, ModelArguments, PretrainingArguments, RecipeArguments
 from .callbacks import AverageWeights, Clock, ImageProgress, PushCheckpoints, log_main
-from .checkpoints import SealCheckpoints, is_sealed, list_checkpoints
+from .checkpoints import SealCheckpoints, delete_cut_short, is_sealed, list_checkpoints
 from .resuming import (
     arguments_of,
     collect_identity,
@@ -390,6 +390,8 @@ def train(trainer: ImageGPTTrainer, checkpoint: str | None) -> None:
         log_main(f"Stopped by --max_minutes {trainer.clock.limit:g} after {seen:,} of {planned:,} images.")
     trainer.save_model(_internal_call=True)
     trainer.save_state()
+    if trainer.args.should_save:
+        delete_cut_short(Path(str(trainer.args.output_dir)))
 
 
 def finish(trainer: ImageGPTTrainer) -> None:
