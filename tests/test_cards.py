@@ -76,6 +76,12 @@ def test_measured_results_are_metadata_and_baselines_are_not():
             "transformers alone",
         ),
         (
+            {"architectures": ["ImageGPTForCausalImageModeling"], "n_class_tokens": 3},
+            "unconditional-image-generation",
+            "generate(class_labels=[0] * 8, guidance_scale=1.5)",
+            "transformers alone",
+        ),
+        (
             {"architectures": ["ImageGPTForMaskedImageModeling"], "objective": "masked"},
             "image-feature-extraction",
             "AutoModelForMaskedImageModeling.from_pretrained",

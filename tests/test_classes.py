@@ -23,6 +23,7 @@ from hf_igpt import (
 from hf_igpt.commands.arguments import SampleArguments, ScoreArguments
 from hf_igpt.commands.finetune import finetune
 from hf_igpt.commands.pretrain import pretrain
+from hf_igpt.commands.publish import describe_loading
 from hf_igpt.commands.sample import draw
 from hf_igpt.commands.score import score
 from hf_igpt.data import (
@@ -260,6 +261,7 @@ def test_plain_transformers_refuse_and_sizes_are_kept(model, tmp_path):
     assert saved["n_class_tokens"] == 3
     with pytest.raises(Exception, match="hf_igpt"):
         TheirConfig.from_pretrained(tmp_path)
+    assert "transformers alone:      refuses" in describe_loading(model.config, "me/cats")
     again = ImageGPTForCausalImageModeling.from_pretrained(tmp_path)
     assert again.config.id2label == NAMES and again.transformer.wte.num_embeddings == 20
     assert ImageGPTConfig.from_preset("xs", n_class_tokens=7).num_labels == 7

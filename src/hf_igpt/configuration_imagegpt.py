@@ -293,6 +293,11 @@ class ImageGPTConfig(PreTrainedConfig):
         """The start-of-sequence token, K, which follows the last colour."""
         return self.vocab_size - 1
 
+    @property
+    def fits_transformers(self) -> bool:
+        """Whether transformers' own Image GPT gives the same results with this configuration's weights."""
+        return self.objective == "causal" and not self.sos_inputs and not self.n_class_tokens
+
     def __post_init__(self, **kwargs: Any) -> None:
         if __package__ == "hf_igpt":
             # A published repository's configuration names its own code; here the package's pipelines are registered.
@@ -341,7 +346,7 @@ class ImageGPTConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output.get("custom_pipelines", {}).pop(_FEATURES, None)
-        if self.objective == "masked" or self.sos_inputs or self.n_class_tokens:
+        if not self.fits_transformers:
             output["reorder_and_upcast_attn"] = NEEDS_HF_IGPT
         return output
 

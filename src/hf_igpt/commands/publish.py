@@ -44,11 +44,12 @@ def check_visibility(repo_id: str, private: bool) -> None:
 def describe_loading(config: ImageGPTConfig, name: str) -> str:
     """The ways to load a published model, one on each line."""
     head = auto_class(config)
-    plain = config.objective == "causal" and not config.sos_inputs
     first = f'transformers alone:      AutoModel.from_pretrained("{name}")'
     return "\n".join(
         [
-            first if plain else "transformers alone:      refuses with a sentence; use one of the two below",
+            first
+            if config.fits_transformers
+            else "transformers alone:      refuses with a sentence; use one of the two below",
             f'code in the repository:  {head}.from_pretrained("{name}", trust_remote_code=True)',
             f'with the package:        import hf_igpt; {head}.from_pretrained("{name}")',
         ]

@@ -84,7 +84,7 @@ def render_card(
         shown=pictures,
         folder=folder,
         palette_picture=palette_picture,
-        plain=config.objective == "causal" and not config.sos_inputs and not config.n_class_tokens,
+        plain=config.fits_transformers,
         n_class_tokens=config.n_class_tokens,
         crops=crops,
         needs=NEEDS_HF_IGPT,
