@@ -107,6 +107,8 @@ def place(tmp_path_factory):
             ["pretrain", run(folder, "ddp", ddp | FLOAT32)],
             ["pretrain", run(folder, "fsdp", fsdp | FLOAT32, num_samples=2, milestones="0.5")],
             ["pretrain", run(folder, "checkpoints of bf16", fsdp, max_steps=2, save_steps=2, eval_steps=2)],
+            ["pretrain", run(folder, "averaged ddp", ddp | FLOAT32, ema_decay=0.6)],
+            ["pretrain", run(folder, "averaged fsdp", fsdp | FLOAT32, ema_decay=0.6, milestones="0.5")],
             ["pretrain", run(folder, "palette", ddp | FLOAT32, **fitting)],
             ["pretrain", run(folder, "epochs", ddp | FLOAT32, **EPOCHS)],
             ["interrupt", {"folder": f"{folder}/epochs", "step": IN_EPOCH, "to": f"{folder}/epochs resumed"}],
@@ -117,9 +119,10 @@ def place(tmp_path_factory):
         ],
     )
     (folder / "said").write_text(said)
-    for name in ("fsdp", "ddp"):
+    for name in ("fsdp", "ddp", "averaged fsdp"):
         interrupt(folder / name, AT, folder / f"{name} resumed")
-    launch(folder, 1, [["pretrain", run(folder, "fsdp resumed", fsdp | FLOAT32)]])
+    averaged = run(folder, "averaged fsdp resumed", fsdp | FLOAT32, ema_decay=0.6)
+    launch(folder, 1, [["pretrain", run(folder, "fsdp resumed", fsdp | FLOAT32)], ["pretrain", averaged]])
     return folder
 
 
@@ -184,6 +187,18 @@ def test_runs_are_one(place, one, name):
     assert largest_difference(one, place / name) <= 1e-5
     found, expected = (read_records(folder / "records.json")[0] for folder in (place / name, one))
     assert found.value == pytest.approx(expected.value, rel=1e-5) and found == replace(expected, value=found.value)
+
+
+def test_averages_of_weights_are_one(place):
+    """Evaluated and saved as with one process: replicated, in shards, and after resuming shards with one process."""
+    pretrain(**run(place, "averaged", ema_decay=0.6))
+    for name in ("averaged ddp", "averaged fsdp", "averaged fsdp resumed"):
+        assert losses(place / name) == pytest.approx(losses(place / "averaged"), rel=1e-5)
+        assert largest_difference(place / "averaged", place / name) <= 1e-5
+        found, expected = (read_records(place / each / "records.json")[0].value for each in (name, "averaged"))
+        assert found == pytest.approx(expected, rel=1e-5)
+    milestone = place / "averaged fsdp" / "milestones" / f"step-{AT:07d}"
+    assert largest_difference(place / "averaged" / f"checkpoint-{AT}", milestone) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp resumed"])

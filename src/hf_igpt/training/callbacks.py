@@ -11,6 +11,8 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -87,9 +89,11 @@ class AverageWeights(TrainerCallback):
 
     decay: of the average, at most; (1 + step) / (10 + step) as long as that is less, so that the first weights are forgotten.
     What is saved of a model is its average: a checkpoint holds the weights that training continues from in a file of its own.
+    FSDP2 saves these itself, in shards: then the average is in a folder of its own, in shards too.
     """
 
     FILE = "training_weights.safetensors"
+    SHARDS = "average"
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -109,7 +113,9 @@ class AverageWeights(TrainerCallback):
         assert model is not None
         self.weights = dict(model.named_parameters())
         self.average = [weight.detach().clone() for weight in self.weights.values()]
-        if self.checkpoint is not None:  # whose model, loaded by now, is the average
+        if self.checkpoint is not None and self.is_sharded:
+            self.load_average(Path(self.checkpoint), self.average)
+        elif self.checkpoint is not None:  # whose model, loaded by now, is the average
             saved = load_file(Path(self.checkpoint) / self.FILE)
             with torch.no_grad():
                 for name, weight in self.weights.items():
@@ -125,16 +131,33 @@ class AverageWeights(TrainerCallback):
             get_ema_multi_avg_fn(decay)(self.average, weights, state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
+        if self.is_sharded:
+            assert self.average is not None
+            shards = dict(zip(self.weights, self.average, strict=True))
+            distributed_checkpoint.save(shards, checkpoint_id=checkpoint_of(args, state) / self.SHARDS)
+        elif args.should_save:
             weights = {name: weight.detach().cpu().contiguous() for name, weight in self.weights.items()}
             save_file(weights, checkpoint_of(args, state) / self.FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not (args.load_best_model_at_end and state.best_model_checkpoint):  # which is an average
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best is None:
             self.swap()
+        elif self.is_sharded:  # what was loaded are the weights that training would continue from
+            self.load_average(Path(best), list(self.weights.values()))
         self.average, self.weights = None, {}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights."""
+        return any(isinstance(weight, DTensor) for weight in self.weights.values())
+
+    def load_average(self, checkpoint: Path, into: list[torch.Tensor]) -> None:
+        """Load the average that a sharded checkpoint holds into tensors, in the order of the weights."""
+        shards = {name: tensor.detach() for name, tensor in zip(self.weights, into, strict=True)}
+        distributed_checkpoint.load(shards, checkpoint_id=checkpoint / self.SHARDS)
 
     def swap(self) -> None:
         """Exchange the weights and their average."""

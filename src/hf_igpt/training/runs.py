@@ -347,8 +347,8 @@ def build_trainer(
         publish=publish,
         callbacks=[*callbacks, SealCheckpoints(args.save_total_limit)],
     )
-    if trainer.average and trainer.is_sharded:
-        raise ValueError("--ema_decay is not supported with FSDP and ZeRO-3, which share weights out: leave it out.")
+    if trainer.average and trainer.is_sharded and not trainer.accelerator.is_fsdp2:
+        raise ValueError("--ema_decay is not supported with FSDP1 and ZeRO-3: use FSDP2, or leave it out.")
     if args.pushes_checkpoints and trainer.saves_shards:
         log_main("Only the finished model is pushed, because sharded checkpoints do not hold a whole model.")
     elif args.pushes_checkpoints:

@@ -180,7 +180,8 @@ class ImageGPTTrainer(Trainer):
         folder = Path(output_dir or run)
         is_checkpoint = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) is not None
         if not (is_checkpoint and folder.parent == run):
-            self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
+            with self.averaged():
+                self._save(str(folder), state_dict=self.accelerator.get_state_dict(self.model))
         elif self.args.should_save:
             self.model.config.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
