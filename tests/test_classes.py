@@ -185,6 +185,14 @@ def test_guidance_that_a_checkpoint_asks_for(model, tmp_path):
 
 
 @torch.no_grad()
+def test_guidance_by_another_prompt_is_transformers_own(model, tokens):
+    prompt, other = (torch.tensor([[16, *row[:4]]]) for row in tokens[:2])
+    found = model.generate(prompt, negative_prompt_ids=other, guidance_scale=2.0, do_sample=False, max_new_tokens=1)
+    given, none = (model(input_ids=ids).logits[:, -1].log_softmax(-1) for ids in (prompt, other))
+    assert found[0, -1] == (2 * given - none).argmax()
+
+
+@torch.no_grad()
 def test_guidance_before_other_processors(model):
     penalized = model.generate(class_labels=[1], guidance_scale=2.0, do_sample=False, repetition_penalty=1.5)
     rows = torch.tensor([[18]])

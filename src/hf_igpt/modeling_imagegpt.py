@@ -484,7 +484,7 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
 
         class_labels: (B,) the class that each image is to be of, 0..C-1, or −1 for none, whose token takes the place of SOS.
         guidance_scale: s of classifier-free guidance, for images of classes: logits are l + (s − 1) (l − l_∅), where l_∅ are
-        those of no class; 1 is none. Both are computed in one batch with one cache. Guidance of images of no class, below 1,
+        those of no class; 1 is none. Both are computed in one batch with one cache. With `negative_prompt_ids` it is transformers' own. Guidance of images of no class, below 1,
         and with other than sampling and greedy search is a ValueError.
         """
         if generation_config is not None:
@@ -533,7 +533,8 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
             kwargs.pop("input_ids", None)
         if prompt is None and kwargs.get("inputs_embeds") is None:
             prompt = torch.tensor([[given("bos_token_id")]])
-        if (scale := given("guidance_scale")) not in (None, 1):
+        scale = given("guidance_scale")
+        if scale not in (None, 1) and kwargs.get("negative_prompt_ids") is None:  # with which transformers guides
             if prompt is None or not (prompt > self.config.sos_token_id).any():
                 raise ValueError(
                     "guidance_scale strengthens a class: give `class_labels`, to a model that knows classes."
@@ -583,11 +584,12 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
     ) -> LogitsProcessorList:
         scale = generation_config.guidance_scale
-        if scale not in (None, 1):  # transformers' own would run the model a second time
+        guided = scale not in (None, 1) and kwargs.get("negative_prompt_ids") is None
+        if guided:  # transformers' own would run the model a second time
             generation_config = copy.copy(generation_config)
             generation_config.guidance_scale = None
         rest = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]  # its `self`
-        guidance = [] if scale in (None, 1) else [ClassifierFreeGuidanceLogitsProcessor(scale)]
+        guidance = [ClassifierFreeGuidanceLogitsProcessor(scale)] if guided else []
         return LogitsProcessorList([*guidance, *with_sos(rest, self.config.n_class_tokens)])
 
     def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> CandidateGenerator:

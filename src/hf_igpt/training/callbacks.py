@@ -11,7 +11,8 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -134,7 +135,7 @@ class AverageWeights(TrainerCallback):
         if self.is_sharded:
             assert self.average is not None
             shards = dict(zip(self.weights, self.average, strict=True))
-            distributed_checkpoint.save(shards, checkpoint_id=checkpoint_of(args, state) / self.SHARDS)
+            save_shards(shards, checkpoint_id=checkpoint_of(args, state) / self.SHARDS)
         elif args.should_save:
             weights = {name: weight.detach().cpu().contiguous() for name, weight in self.weights.items()}
             save_file(weights, checkpoint_of(args, state) / self.FILE)
@@ -157,7 +158,7 @@ class AverageWeights(TrainerCallback):
     def load_average(self, checkpoint: Path, into: list[torch.Tensor]) -> None:
         """Load the average that a sharded checkpoint holds into tensors, in the order of the weights."""
         shards = {name: tensor.detach() for name, tensor in zip(self.weights, into, strict=True)}
-        distributed_checkpoint.load(shards, checkpoint_id=checkpoint / self.SHARDS)
+        load_shards(shards, checkpoint_id=checkpoint / self.SHARDS)
 
     def swap(self) -> None:
         """Exchange the weights and their average."""
