@@ -423,6 +423,7 @@ def test_fit_clusters(tmp_path, palette, capsys):
         ({"milestones": "half"}, "fractions of training, separated by commas"),
         ({"objective": "bert"}, 'objective is "causal" or "masked"'),
         ({"prediction_loss_only": True}, "prediction_loss_only"),
+        ({"eval_strategy": "epoch", "save_strategy": "steps"}, "--eval_strategy epoch with --save_strategy steps: .* same"),
         ({"report_to": ["nonsense"]}, "--report_to nonsense: nonsense is not supported"),
         ({"report_to": ["flyte"]}, "--report_to flyte: .* flytekit"),  # not installed
         ({"images": {"validation_dir": "x"}}, "requires --train_dir"),

@@ -190,6 +190,12 @@ class RecipeArguments(TrainingArguments):
         self.label_names = ["labels"]
         if self.eval_strategy == "no" or self.save_strategy == "no":
             self.load_best_model_at_end = False
+        evaluates, saves = (str(getattr(each, "value", each)) for each in (self.eval_strategy, self.save_strategy))
+        if self.load_best_model_at_end and saves not in (evaluates, "best"):
+            raise ValueError(
+                f"--eval_strategy {evaluates} with --save_strategy {saves}: the best model is chosen among checkpoints by their "
+                "evaluation. Give both the same, or --no_load_best_model_at_end."
+            )
         # Checkpoints are chosen by their evaluation, so both happen at the same steps by default.
         self.eval_steps, self.save_steps = (
             next(steps for steps in (one, other, 0.1) if steps is not None)
