@@ -483,12 +483,13 @@ def test_the_script_fills_holes(processor, tmp_path, objective, capsys):
     (photo,) = images(1, size=20)
     photo.save(tmp_path / "photo.png")
     Image.fromarray(np.pad(np.full((5, 5), 255, dtype=np.uint8), (5, 10))).save(tmp_path / "hole.png")
-    options = {"images": [str(tmp_path / "photo.png")], "num_completions": 2, "particles": 3}
+    options = {"images": [str(tmp_path / "photo.png")], "num_completions": 2, "particles": [3, 1]}
     for hole in ({"mask": str(tmp_path / "hole.png")}, {"box": [0.0, 0.0, 0.5, 0.5]}):
         args = SampleArguments(str(tmp_path), output_dir=str(tmp_path / "out"), **options, **hole)
         assert draw(args, DataArguments()) == [tmp_path / "out" / "inpainted.png"]
         assert ("Nats per known pixel" in capsys.readouterr().out) == (objective == "causal")
     (place,) = (tmp_path / "out").glob("*")
+    options["particles"] = [3]
     args = SampleArguments(str(tmp_path), output_dir=str(tmp_path / "out"), **options, **hole, gif=True, seen=True)
     names = [path.name for path in draw(args, DataArguments())]
     assert (place.name, names) == ("inpainted.png", ["seen.png", "inpainted.png", "inpainted.gif"])

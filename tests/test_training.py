@@ -423,7 +423,10 @@ def test_fit_clusters(tmp_path, palette, capsys):
         ({"milestones": "half"}, "fractions of training, separated by commas"),
         ({"objective": "bert"}, 'objective is "causal" or "masked"'),
         ({"prediction_loss_only": True}, "prediction_loss_only"),
-        ({"eval_strategy": "epoch", "save_strategy": "steps"}, "--eval_strategy epoch with --save_strategy steps: .* same"),
+        (
+            {"eval_strategy": "epoch", "save_strategy": "steps"},
+            "--eval_strategy epoch with --save_strategy steps: .* same",
+        ),
         ({"report_to": ["nonsense"]}, "--report_to nonsense: nonsense is not supported"),
         ({"report_to": ["flyte"]}, "--report_to flyte: .* flytekit"),  # not installed
         ({"images": {"validation_dir": "x"}}, "requires --train_dir"),
@@ -613,7 +616,7 @@ def test_all_that_follows_on_images_that_are_not_square(tall, tmp_path, greys, c
         find_hidden(processor, np.ones((4, 8), dtype=bool), (33, 20))
     complete_from = pipeline("image-completion", model=str(folder))
     assert [image.size for image in complete_from(f"{photos[0]}/0.png", rows=5, num_completions=2)] == [(4, 8)] * 2
-    options = {"output_dir": str(tmp_path / "drawn"), "images": photos, "num_completions": 2, "particles": 2}
+    options = {"output_dir": str(tmp_path / "drawn"), "images": photos, "num_completions": 2, "particles": [2]}
     sample_images(SampleArguments(str(folder), num_images=2, **options), DataArguments())
     sample_images(SampleArguments(str(folder), box=[0.0, 0.0, 0.5, 0.5], **options), DataArguments())
     scored = score(ScoreArguments(str(folder), photos, output_dir=str(tmp_path / "score")), DataArguments())

@@ -95,10 +95,11 @@ class SampleArguments:
             "help": "Also write seen.png: what the model sees of the given images, resized, in its colours, as tokens."
         },
     )
-    particles: int = field(
-        default=INPAINTING_PARTICLES,
+    particles: list[int] = field(
+        default_factory=lambda: [INPAINTING_PARTICLES],
         metadata={
-            "help": "For --mask and --box: images drawn together for each completion; more fit their surroundings better."
+            "help": "For --mask and --box: images drawn together for each completion; more fit their surroundings better. "
+            "Several numbers are shown next to each other: with 1 the surroundings that come later do not matter."
         },
     )
     steps: int = field(

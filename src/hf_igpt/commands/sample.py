@@ -92,12 +92,24 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
         written.append(folder / "seen.png")
         save_picture(plots.pictures_seen(processor, given), written[-1])
     drawn: Any
+    titles = ["completions"]
     if hidden is not None:
         tokens = processor(given, return_tensors="pt")["input_ids"]
-        options |= {"particles": args.particles, "steps": args.steps}
-        drawn, nats = inpaint_tokens(model, tokens, torch.from_numpy(hidden), args.num_completions, **options)
-        if nats is not None:
-            print(f"Nats per known pixel: {', '.join(f'{-value:.3f}' for value in nats.tolist())}")
+        counts = args.particles if objective == "causal" else args.particles[:1]  # a masked model has none
+        parts = []
+        for particles in counts:
+            start = time.perf_counter()
+            options |= {"particles": particles, "steps": args.steps}
+            part, nats = inpaint_tokens(model, tokens, torch.from_numpy(hidden), args.num_completions, **options)
+            parts.append(part)
+            seconds = (time.perf_counter() - start) / (len(given) * args.num_completions)
+            print(f"Filled {len(given)} holes {args.num_completions} times, {seconds:.2f} s each")
+            if nats is not None:
+                known = ", ".join(f"{-value:.3f}" for value in nats.tolist())
+                print(f"Nats per known pixel, {particles} particles: {known}")
+        drawn = torch.cat(parts, dim=1)
+        if len(counts) > 1:
+            titles = [f"{count} particle{'s' if count > 1 else ''}" for count in counts]
         written.append(folder / "inpainted.png")
     elif given:
         tokens = processor(given, return_tensors="pt")["input_ids"]
@@ -108,21 +120,21 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
         written.append(folder / "completions.png")
     if hidden is not None:
         rows = plots.picture_of_completions(processor, given, [processor.decode(row) for row in drawn], hidden=hidden)
-        save_picture(plots.completions_picture(rows), written[-1])
+        save_picture(plots.completions_picture(rows, titles), written[-1])
         if args.gif:  # in each row the image itself, and what was made of it
-            order = np.stack([find_order(mask, args, objective) for mask in hidden])
+            order = np.stack([find_order(mask, args, objective, drawn.shape[1]) for mask in hidden])
             order = np.concatenate([np.zeros_like(order[:, :1]), order], axis=1).reshape(-1, order.shape[2])
             shown = torch.cat([tokens[:, None], drawn], dim=1).flatten(0, 1).numpy()
             written.append(written[-1].with_suffix(".gif"))
-            save_animation(plots.drawing_frames(processor, shown, order, 1 + args.num_completions), written[-1])
+            save_animation(plots.drawing_frames(processor, shown, order, 1 + drawn.shape[1]), written[-1])
     for path in written:
         print(f"Wrote {path}")
     return written
 
 
-def find_order(hidden: np.ndarray, args: SampleArguments, objective: str) -> np.ndarray:
-    """When each pixel of the completions of one image is drawn, (num_completions, N): 0 if it is known, else from 1 on."""
-    mask = torch.from_numpy(hidden.copy()).expand(args.num_completions, -1)
+def find_order(hidden: np.ndarray, args: SampleArguments, objective: str, count: int) -> np.ndarray:
+    """When each pixel of the `count` completions of one image is drawn, (count, N): 0 if it is known, else from 1 on."""
+    mask = torch.from_numpy(hidden.copy()).expand(count, -1)
     if objective == "masked":
         rounds = draw_rounds(mask, args.steps, torch.Generator().manual_seed(args.seed))  # as `fill_in` draws them
         return rounds.numpy() + 1

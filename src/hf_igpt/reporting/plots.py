@@ -158,15 +158,19 @@ def class_picture(names: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -
         return _picture(figure, pad=0.3)
 
 
-def completions_picture(rows: list[list[Image.Image]]) -> Image.Image:
-    """`image_grid` of rows [original, given part, completion, …] with the columns named above."""
+def completions_picture(rows: list[list[Image.Image]], titles: Sequence[str] = ("completions",)) -> Image.Image:
+    """`image_grid` of rows [original, given part, completion, …] with the columns named above.
+
+    titles: of as many columns of completions each; they stand above the first.
+    """
     n_columns, (width, height) = len(rows[0]), rows[0][0].size
     wide, high = (max(0.75, side / max(height, width)) for side in (width, height))  # inches, with room for titles
     size = (n_columns * wide, len(rows) * high + 0.3)
     with _figure(len(rows), n_columns, figsize=size, squeeze=False) as (figure, axes):
-        titles = ["original", "given", "completions"]
-        for axis, title in zip(axes[0], titles, strict=False):
-            axis.set_title(title, fontsize=9)
+        step = (n_columns - 2) // len(titles)
+        places = {0: "original", 1: "given"} | {2 + step * number: title for number, title in enumerate(titles)}
+        for place, title in places.items():
+            axes[0][place].set_title(title, fontsize=9)
         for row, line in zip(rows, axes, strict=True):
             for image, axis in zip(row, line, strict=True):
                 axis.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
