@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomized, small_config
+from PIL import Image
 from safetensors.torch import load_file
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    Trainer,
+    TrainingArguments,
+)
 from transformers import ImageGPTConfig as TheirConfig
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from hf_igpt import (
     ImageGPTConfig,
@@ -41,7 +48,10 @@ from hf_igpt.evaluation.metrics import measure_class_likelihoods, measure_surpri
 from hf_igpt.evaluation.records import describe_model
 from hf_igpt.features_imagegpt import features_of_tokens
 from hf_igpt.generation_imagegpt import complete, inpaint_tokens, sample
+from hf_igpt.inputs_imagegpt import find_classes
+from hf_igpt.pipelines_imagegpt import ImageCompletionPipeline
 from hf_igpt.publishing.conversion import to_openai
+from hf_igpt.reporting.reports import is_generation
 from hf_igpt.training.arguments import FinetuningArguments, ModelArguments, PretrainingArguments
 
 
@@ -86,13 +96,14 @@ def test_the_loss_trains_the_class_that_is_named(model, tokens):
         ([3], "hold 3; this model has 3 classes"),
         ([-2], "hold -2"),
         ([0.5], "are integers"),
+        ([True], "are integers"),
         ([0, 1], "one for each of 1 images"),
     ],
 )
 def test_labels_of_other_classes(model, tokens, classes, message):
     with pytest.raises(ValueError, match=message):
         model(labels=tokens[:1], class_labels=torch.tensor(classes))
-    with pytest.raises(ValueError, match="do not hold"):
+    with pytest.raises(ValueError, match="do not begin"):
         model(input_ids=tokens[:1], class_labels=torch.tensor([0]))
     with pytest.raises(ValueError, match="pass `input_ids`"):
         model(inputs_embeds=torch.zeros(1, 1, 32), class_labels=torch.tensor([0]))
@@ -119,7 +130,7 @@ def test_models_without_classes(tokens, processor):
 
 
 def test_unknown_classes_and_guidance(model, processor):
-    for wrong in ("bird", 3, -1, "-1", ["cat", "bird"]):
+    for wrong in ("bird", 3, -1, "-1", "2", ["cat", "bird"]):
         with pytest.raises(ValueError, match="There is no class .*cat, dog, 7"):
             sample(model, processor, 1, classes=wrong)
     with pytest.raises(ValueError, match="No class is named"):
@@ -136,10 +147,17 @@ def test_unknown_classes_and_guidance(model, processor):
             model.generate(class_labels=[0], guidance_scale=2.0, do_sample=False, **options)
 
 
-def test_names_come_before_numbers(model, processor):
-    drawn = [sample(model, processor, 2, classes=each, return_tokens=True) for each in ("7", 2, "2", "dog", 1)]
+def test_classes_are_found_by_name_and_number(model, processor):
+    drawn = [sample(model, processor, 2, classes=each, return_tokens=True) for each in ("7", 2, np.int64(2), "dog", 1)]
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[1], drawn[2]) and torch.equal(drawn[3], drawn[4])
     assert not torch.equal(drawn[0], drawn[3])
+    config = small_config(n_class_tokens=3, id2label={0: "1", 1: "5", 2: "7"})
+    assert find_classes(config, ["7", 0, torch.tensor(1)]) == [2, 0, 1]
+    unnamed = small_config(n_class_tokens=3, num_labels=2)
+    assert find_classes(unnamed, "2") == find_classes(small_config(n_class_tokens=3), "2") == [2]
+    for wrong in ("0", "2", "1.0", 0.9, 1.0, True, None, "१", [0, None], 3):  # "0" and "2" are no names here
+        with pytest.raises(ValueError, match="There is no class"):
+            find_classes(config, wrong)
 
 
 def greedy(model, starts, scale, n_pixels=64):
@@ -190,6 +208,59 @@ def test_guidance_by_another_prompt_is_transformers_own(model, tokens):
     found = model.generate(prompt, negative_prompt_ids=other, guidance_scale=2.0, do_sample=False, max_new_tokens=1)
     given, none = (model(input_ids=ids).logits[:, -1].log_softmax(-1) for ids in (prompt, other))
     assert found[0, -1] == (2 * given - none).argmax()
+
+
+def test_where_guidance_is_asked_for(model):
+    """An argument comes before a configuration; a checkpoint's own default is for images of classes alone."""
+    options = {"do_sample": False}
+    plain, none = model.generate(class_labels=[0], **options), model.generate(**options)
+    asked = GenerationConfig(guidance_scale=3.0, do_sample=False)
+    guided = model.generate(class_labels=[0], generation_config=asked)
+    assert torch.equal(guided[:, 1:], greedy(model, torch.tensor([17]), 3.0)) and asked.guidance_scale == 3.0
+    assert torch.equal(model.generate(class_labels=[0], generation_config=asked, guidance_scale=None), plain)
+    with pytest.raises(ValueError, match="guidance_scale strengthens a class"):
+        model.generate(generation_config=asked)
+    model.generation_config.guidance_scale = 3.0
+    assert torch.equal(model.generate(class_labels=[0], **options), guided)
+    assert torch.equal(model.generate(class_labels=[0], guidance_scale=None, **options), plain)
+    assert torch.equal(model.generate(**options), none)
+    assert torch.equal(model.generate(generation_config=GenerationConfig(do_sample=False)), none)
+
+
+@torch.no_grad()
+def test_classes_stand_at_the_beginning_alone(model, tokens):
+    class_labels = torch.tensor([1])
+    for wrong in ([[1, 2, 16, 3]], [[16, 16, 1, 2]]):
+        with pytest.raises(ValueError, match="with which `input_ids` do not begin, or which they hold several times"):
+            model(input_ids=torch.tensor(wrong), class_labels=class_labels)
+    padded, mask = torch.tensor([[16, 16, 16, 1]]), torch.tensor([[0, 0, 1, 1]])
+    expected = model(input_ids=torch.tensor([[16, 16, 18, 1]]), attention_mask=mask).logits
+    assert torch.equal(model(input_ids=padded, attention_mask=mask, class_labels=class_labels).logits, expected)
+    for labels in ([1], np.array([1]), torch.tensor([1], dtype=torch.uint8)):
+        assert torch.equal(
+            model(labels=tokens[:1], class_labels=labels).loss, model(labels=tokens[:1], class_labels=class_labels).loss
+        )
+
+
+def test_a_plain_trainer_knows_what_is_a_target(model, tokens, tmp_path):
+    rows = [{"labels": row, "class_labels": torch.tensor(number)} for number, row in enumerate(tokens[:3])]
+    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), **options), eval_dataset=rows)
+    assert trainer.label_names == ["labels"]
+    told = model(labels=tokens[:3], class_labels=torch.arange(3)).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(told, rel=1e-5)
+
+
+def test_pipelines_draw_one_class(model, processor):
+    complete_image = ImageCompletionPipeline(model=model, image_processor=processor)
+    photos = [Image.fromarray(np.full((8, 8), 80 * number, np.uint8)) for number in range(3)]
+    drawn = complete_image(photos, classes="dog", guidance=2.0, rows=2, seed=1, batch_size=3)
+    expected = complete(model, processor, photos, 2, classes="dog", guidance=2.0, seed=1)
+    assert [np.array(row[0]).tolist() for row in drawn] == [np.array(row[0]).tolist() for row in expected]
+    with pytest.raises(ValueError, match="A pipeline draws one class"):
+        complete_image(photos, classes=["cat", "dog", "cat"])
+    with pytest.raises(ValueError, match="class_labels, guidance_scale: images are drawn as a whole"):
+        complete(model, processor, photos, 2, class_labels=[0], guidance_scale=2.0)
 
 
 @torch.no_grad()
@@ -325,6 +396,9 @@ def test_classes_of_named_and_missing_labels():
     found = label_classes({"train": train, "validation": images(["a"], datasets.Value("string"))}, "pets")
     assert found["train"].features["label"].names == ["a", "b"]
     assert list(found["train"]["label"]) == [1, 0, -1] and list(found["validation"]["label"]) == [0]
+    numbers = images([0, 1, -1, 1], datasets.Value("int64"))
+    found = label_classes({"train": numbers}, "pets")["train"]
+    assert found.features["label"].names == ["0", "1"] and list(found["label"]) == [0, 1, -1, 1]
     named = datasets.ClassLabel(names=["a", "b"])
     found = label_classes({"train": images([1, None, -1], named), "validation": train.remove_columns("label")}, "pets")
     assert list(found["train"]["label"]) == [1, -1, -1] and list(found["validation"]["label"]) == [-1] * 3
@@ -367,7 +441,9 @@ def test_a_run_with_classes(trained, tmp_path, capsys):
     assert set(by_class) <= set("0123456789") and records[0].classes == 10
     assert describe_model(records[0]).endswith("told the class")
     assert all(record.classes is None for record in records[1:])
-    assert json.loads((folder / "run.json").read_text())["recipe"]["classes"] == "10, not told of 10% of the images"
+    assert json.loads((folder / "run.json").read_text())["recipe"]["classes"] == (
+        "10; for 10 % of the images the class was left out"
+    )
 
     # The records' figures, computed again; and a model that is told the class is less surprised than one that is not.
     held_out = load_images(DataArguments(max_eval_samples=60), seed=1)["validation"]
@@ -398,6 +474,9 @@ def test_a_run_with_classes(trained, tmp_path, capsys):
     assert [int(row[2]) for row in rows[1:]] == labels.tolist()
     assert np.allclose(np.array([row[4:] for row in rows[1:]], dtype=float), posterior, atol=1e-5)
     assert (tmp_path / "confusion.png").is_file() and "under its own class, n = 60" in capsys.readouterr().out
+
+    score(ScoreArguments(str(folder), num_held_out=2, output_dir=str(tmp_path)), DataArguments(max_eval_samples=60))
+    assert not (tmp_path / "classes.csv").exists() and not (tmp_path / "confusion.png").exists()  # of other images
 
     paths = draw(SampleArguments(str(folder), num_images=2, classes=["3", "8"], guidance=2.0), DataArguments())
     assert [path.name for path in paths] == ["samples.png"]
@@ -457,6 +536,35 @@ def test_runs_with_classes_resume(tmp_path):
             run(tmp_path / "resumed", **options | changed)
 
 
+def test_other_labels_are_other_images(tmp_path):
+    file, images = tmp_path / "train.parquet", digits().select(range(80))
+    images.to_parquet(file)
+    model = {"config_overrides": SMALL, "num_colors": 16}
+    options = {"images": {"train_dir": str(file), "image_size": 8}, "save_strategy": "steps", "save_steps": 3}
+    run(tmp_path / "run", model, **options)
+    (tmp_path / "run" / "records.json").unlink()
+    moved = [(label + 1) % 10 for label in images["label"]]
+    feature = images.features["label"]
+    images.remove_columns("label").add_column("label", moved, feature=feature).to_parquet(file)
+    with pytest.raises(ValueError, match="The images are not those .* or labels are others"):
+        run(tmp_path / "run", model, **options)
+
+
+def test_held_out_images_without_labels(tmp_path):
+    names = [str(digit) for digit in digits()["label"]]
+    images = digits().remove_columns("label").add_column("label", names)  # strings
+    images.select(range(60)).to_parquet(tmp_path / "train.parquet")
+    images.select(range(60, 80)).remove_columns("label").to_parquet(tmp_path / "validation.parquet")
+    model = {"config_overrides": SMALL, "num_colors": 16}
+    options = {"train_dir": str(tmp_path / "train.parquet"), "image_size": 8, "max_train_samples": 20}
+    own = {"validation_dir": str(tmp_path / "validation.parquet")}
+    records = run(tmp_path / "unlabelled", model, options | own, per_device_train_batch_size=4)
+    assert records[0].classes is None and "told" not in describe_model(records[0])
+    assert records[0].details == {"nats per pixel by class": {}, "images whose class was told": 0}
+    records = run(tmp_path / "labelled", model, options, per_device_train_batch_size=4)  # classes of all 60, not of 20
+    assert records[0].classes == 10 and not is_generation(records[0]) and is_generation(records[1]) is False
+
+
 def test_models_with_classes_as_a_start(trained, tmp_path):
     folder, _ = trained
     with pytest.raises(ValueError, match="draws 10 classes .*--class_conditional is not given: give the same"):
@@ -473,8 +581,9 @@ def test_models_with_classes_as_a_start(trained, tmp_path):
 def test_arguments_of_classes(tmp_path):
     with pytest.raises(ValueError, match="--class_dropout is for --class_conditional"):
         PretrainingArguments(class_dropout=0.1)
-    with pytest.raises(ValueError, match="--class_dropout is from 0 to 1; found 1.5"):
-        PretrainingArguments(class_dropout=1.5, class_conditional=True)
+    for wrong in (0.0, 1.5):  # without any dropout, SOS would mean nothing
+        with pytest.raises(ValueError, match=f"--class_dropout is above 0 and at most 1; found {wrong}"):
+            PretrainingArguments(class_dropout=wrong, class_conditional=True)
     with pytest.raises(ValueError, match="--class_conditional is for causal models"):
         PretrainingArguments(class_conditional=True, objective="masked")
     run(tmp_path / "masked", class_conditional=False, objective="masked", max_steps=1)

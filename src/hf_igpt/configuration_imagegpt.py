@@ -169,9 +169,9 @@ class ImageGPTConfig(PreTrainedConfig):
     All other fields are those of transformers' `ImageGPTConfig`. Cross-attention and tied embeddings are not supported. A
     value that is not supported is a ValueError that names the field, before any memory is taken; so are values beyond
     4,096 blocks, a width of 131,072, an inner width of 1,048,576, 4096 x 4096 pixels, 2^24 colours, 1,000,000 classes, or
-    10^12 parameters. Plain transformers would load masked models and classifiers with
-    `sos_inputs` and silently give wrong results, and knows no classes, so their saved configuration makes it refuse: it holds a sentence in a
-    field that transformers requires to be a boolean.
+    10^12 parameters. Plain transformers would load masked models, classifiers with `sos_inputs`, and models with classes, and
+    silently give wrong results, so their saved configuration makes it refuse: it holds a sentence in a field that
+    transformers requires to be a boolean.
     """
 
     model_type = "imagegpt"

@@ -68,8 +68,8 @@ def sample(
     price of variety and of twice the work; 1: none. The defaults are the paper's sampling: temperature 1, without
     truncation [code run.py sample]. seed: the same seed, machine and batch size give the same images, and torch's own
     random state is restored afterwards; None draws from that state. batch_size: images drawn at a time. scale: the side, in
-    pixels of the result, of the square that each token becomes. Invalid options,
-    and a processor that does not fit the model, are a ValueError.
+    pixels of the result, of the square that each token becomes. Invalid options, and a processor that does not fit the
+    model, are a ValueError.
     """
     if num_images < 1:
         raise ValueError(f"num_images is at least 1; found {num_images}.")
@@ -108,10 +108,10 @@ def complete(
 
     images: anything the processor accepts; or pass `tokens` (n, N). rows: one number, or one for each image. Images of as many
     rows are drawn together, from the same seed for each number of rows: what is drawn for an image depends on these images
-    and their order, and not on those of other numbers of rows. Returns a list of `num_completions` PIL images for
-    each image, or tokens (n, num_completions, N) int64. The kept pixels are exactly the image's own. classes: what the images
-    are of, one class for all or one for each; None: no class. `generate_kwargs` are
-    further options of `generate`; the other arguments are those of `sample`. Invalid arguments are a ValueError.
+    and their order, and not on those of other numbers of rows. Returns a list of `num_completions` PIL images for each
+    image, or tokens (n, num_completions, N) int64. The kept pixels are exactly the image's own. classes: what the images are
+    of, one class for all or one for each; None: no class. `generate_kwargs` are further options of `generate`; the other
+    arguments are those of `sample`. Invalid arguments are a ValueError.
     """
     if (images is None) == (tokens is None):
         raise ValueError("Pass either `images` or `tokens`, and not both.")
@@ -539,10 +539,13 @@ def _continue(
     if guidance != 1 and (classes is None or not 1 < guidance < math.inf):
         needed = "at least 1, which is none, and finite" if classes is not None else "for images of classes: name them"
         raise ValueError(f"guidance is {needed}; found {guidance}.")
-    decided = {"max_length", "max_new_tokens", "num_return_sequences"} & set(generate_kwargs)
+    decided = {"max_length", "max_new_tokens", "num_return_sequences", "class_labels", "guidance_scale"} & set(
+        generate_kwargs
+    )
     if decided:
         raise ValueError(
-            f"{', '.join(sorted(decided))}: images are drawn as a whole, and num_completions says how many of each."
+            f"{', '.join(sorted(decided))}: images are drawn as a whole, and num_completions says how many of each, classes and "
+            "guidance of what."
         )
     n_pixels = model.config.n_positions
     n_missing = n_pixels - prompts.shape[1]

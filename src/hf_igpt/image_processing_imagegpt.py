@@ -296,12 +296,12 @@ class _ColorQuantization(BaseImageProcessor):
     ) -> list[Image.Image]:
         """Turn tokens back into a list of B PIL images: the inverse of quantisation, up to the palette's distortion.
 
-        input_ids: (B, N) or (N,), torch, numpy or lists, in 0..K-1. A leading SOS (K), and in front of a whole
-        image also a class (> K), is dropped, so that the output of `generate()` can be passed directly. Rows shorter than H·W are partial images in raster order; missing pixels, and
-        every token -100, become transparent (the image is then RGBA) or, with `missing="grey"`, mid-grey.
-        size: the images' size, as in `token_grid`, if it is not the processor's own. scale: the side, in pixels of the
-        result, of the square that each token becomes.
-        Tokens out of range, or more than fit the size, are a ValueError.
+        input_ids: (B, N) or (N,), torch, numpy or lists, in 0..K-1. A leading SOS (K), and in front of a whole image also a
+        class (> K), is dropped, so that the output of `generate()` can be passed directly. Rows shorter than H·W are partial
+        images in raster order; missing pixels, and every token -100, become transparent (the image is then RGBA) or, with
+        `missing="grey"`, mid-grey. size: the images' size, as in `token_grid`, if it is not the processor's own. scale: the
+        side, in pixels of the result, of the square that each token becomes. Tokens out of range, or more than fit the size,
+        are a ValueError.
         """
         palette = self.palette
         if missing not in ("transparent", "grey"):

@@ -1,6 +1,7 @@
 """The model's inputs: tokens, which are checked before any work is done, and the one shift between inputs and targets."""
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def check_tokens(tokens: torch.Tensor, limit: int, name: str, config: ImageGPTCo
         raise ValueError(
             f"`{name}` hold the token {found}; allowed are 0..{limit - 1}. The model has K = {config.vocab_size - 1} colours "
             f"(SOS, {config.sos_token_id}, is only an input): use the image processor that it was trained with."
+            + (" Greater tokens name classes, of which it knows no such one." if found > config.sos_token_id else "")
         )
 
 
@@ -123,54 +125,67 @@ def refuse_packed_images(position_ids: torch.Tensor | None, what: str) -> None:
         )
 
 
-def name_classes(input_ids: torch.Tensor, class_labels: torch.Tensor, config: ImageGPTConfig) -> torch.Tensor:
-    """Put the token of each row's class, K + 1 + class, where SOS stands in `input_ids` (B, T).
+def name_classes(
+    input_ids: torch.Tensor, class_labels: Any, config: ImageGPTConfig, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Put the token of each row's class, K + 1 + class, in the place of SOS, with which `input_ids` (B, T) begin.
 
-    class_labels: (B,) integers in 0..C-1, or −1 for no class, which leaves SOS. Other labels, and rows that do not start with
-    SOS, are a ValueError.
+    class_labels: (B,) integers in 0..C-1, or −1 for no class, which leaves SOS. attention_mask: (B, T), 0 of the padding
+    before SOS. Other labels, and rows with no SOS at the beginning or another one after it, are a ValueError.
     """
-    count = config.n_class_tokens
+    count, sos = config.n_class_tokens, config.sos_token_id
     if not count:
         raise ValueError("`class_labels`: this model knows no classes. Train one with --class_conditional.")
-    if class_labels.is_floating_point() or class_labels.shape != input_ids.shape[:1]:
+    labels = class_labels if torch.is_tensor(class_labels) else torch.from_numpy(np.asarray(class_labels))
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != input_ids.shape[:1]:
         raise ValueError(
-            f"`class_labels` are integers, one for each of {len(input_ids)} images; found {class_labels.dtype} of shape "
-            f"{tuple(class_labels.shape)}."
+            f"`class_labels` are integers, one for each of {len(input_ids)} images; found {labels.dtype} of shape "
+            f"{tuple(labels.shape)}."
         )
-    is_sos = input_ids == config.sos_token_id
-    if has_values(class_labels) and has_values(input_ids):
-        wrong = (class_labels < -1) | (class_labels >= count)
+    labels = labels.to(input_ids.device, torch.long)
+    first = torch.zeros_like(labels)
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        first = attention_mask.to(labels).argmax(dim=1)
+    if has_values(labels) and has_values(input_ids):
+        wrong = (labels < -1) | (labels >= count)
         if wrong.any():
             raise ValueError(
-                f"`class_labels` hold {int(class_labels[wrong][0])}; this model has {count} classes, 0..{count - 1}, and −1 "
-                "says none."
+                f"`class_labels` hold {int(labels[wrong][0])}; this model has {count} classes, 0..{count - 1}, and −1 says none."
             )
-        if not is_sos.any(dim=1).all():
-            raise ValueError("`class_labels` stand in the place of SOS, which `input_ids` do not hold.")
-    starts = (class_labels.long() + config.vocab_size).to(input_ids.device)
-    return torch.where(is_sos, starts[:, None], input_ids)
+        begins = input_ids.gather(1, first[:, None])[:, 0] == sos
+        place = torch.arange(input_ids.shape[1], device=labels.device)
+        if not begins.all() or ((input_ids == sos) & (place > first[:, None])).any():
+            raise ValueError(
+                "`class_labels` stand in the place of SOS, with which `input_ids` do not begin, or which they hold several "
+                "times: with padding, pass an `attention_mask`."
+            )
+    return input_ids.long().scatter(1, first[:, None], config.vocab_size + labels[:, None])
 
 
-def find_classes(config: ImageGPTConfig, classes: str | int | Sequence[str | int]) -> list[int]:
-    """Return the numbers of classes that are given by name, as in `config.id2label`, or by number.
+def find_classes(config: ImageGPTConfig, classes: Any) -> list[int]:
+    """Return the numbers of one class or of several, which are given by name, as in `config.id2label`, or by number.
 
-    A model without classes, a class that it does not have, and an empty list are a ValueError.
+    A number may be text, if no class is named by one. A model without classes, a class that it does not have, and an empty
+    list are a ValueError.
     """
-    count, names = config.n_class_tokens, list((config.id2label or {}).values())
+    count, names = config.n_class_tokens, [str(name) for name in (config.id2label or {}).values()]
     if not count:
         raise ValueError("This model knows no classes: train one with --class_conditional, or leave the classes out.")
-    numbers = {str(name): number for number, name in enumerate(names)} if len(names) == count else {}
-    wanted = [classes] if isinstance(classes, (str, int)) else list(classes)
+    numbers = {name: number for number, name in enumerate(names)} if len(names) == count else {}
+    if not any(name.isdecimal() for name in numbers):
+        numbers |= {str(number): number for number in range(count)}
+    wanted = list(classes) if isinstance(classes, (list, tuple, range)) or np.ndim(classes) else [classes]
     if not wanted:
         raise ValueError("No class is named: leave the classes out for images of none.")
     found = []
     for each in wanted:
-        number = numbers.get(each, -1) if isinstance(each, str) else int(each)
-        if number == -1 and str(each).isdecimal():
-            number = int(each)
-        if not 0 <= number < count:
-            known = ", ".join([*numbers][:10]) + (", …" if len(numbers) > 10 else "")
-            raise ValueError(f"There is no class {each!r}: this model has {count}, {known or f'0..{count - 1}'}.")
+        try:
+            number = numbers.get(each, -1) if isinstance(each, str) else operator.index(each)
+        except TypeError:
+            number = -1
+        if isinstance(each, bool) or not 0 <= number < count:
+            known = ", ".join(names[:10]) + (", …" if count > 10 else "") if len(names) == count else f"0..{count - 1}"
+            raise ValueError(f"There is no class {each!r}: this model has {count}, {known}.")
         found.append(number)
     return found
 

@@ -346,8 +346,8 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
     holds: logits at i are scored against labels at i + 1. Weights of a masked model are a ValueError.
 
     With `config.n_class_tokens` classes it is also a model of the images of each: a token of the class then stands in the
-    place of SOS (`class_labels`). These tokens follow SOS in the one table of embeddings, so that a class is a part of the
-    prompt like any token, for `generate`, all caches and packed inputs.
+    place of SOS. These tokens, K + 1 and the class, follow SOS in the one table of embeddings, so that a class is a part of
+    the prompt like any token, for `generate`, for all caches, and in `input_ids` that pack several images into a row.
     """
 
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -382,16 +382,16 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
-        class_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return `logits` (B, T, K) and, if labels are given, `loss` in nats per pixel.
 
         labels: (B, N) colours in 0..K-1. −100 marks pixels that are not scored, and requires `input_ids`. class_labels: (B,)
-        the class of each image, 0..C-1, or −1 for none; it takes the place of SOS, which is at the beginning of `input_ids`.
-        num_items_in_batch: the divisor of the summed loss, instead of the number of scored pixels (`Trainer`'s count over
-        accumulated steps and processes). logits_to_keep: compute logits only for this many last positions (0: all), or for
-        the positions in a tensor; ignored if labels are given. A token or label out of range is a ValueError.
+        the class of each image, 0..C-1, or −1 for none; its token takes the place of SOS, with which `input_ids` begin. A
+        plain `Trainer` drops this column unless remove_unused_columns=False. num_items_in_batch: the divisor of the summed
+        loss, instead of the number of scored pixels (`Trainer`'s count over accumulated steps and processes).
+        logits_to_keep: compute logits only for this many last positions (0: all), or for the positions in a tensor; ignored
+        if labels are given. A token or label out of range is a ValueError.
         """
         labels_alone = labels is not None and input_ids is None and inputs_embeds is None
         if labels is not None:
@@ -410,11 +410,13 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
                     "`input_ids` given with `labels` do not start with SOS: pixel 0 is never scored. "
                     "`model(labels=tokens)` alone adds SOS and scores every pixel."
                 )
+        # Not in the signature: `Trainer` takes every argument with "label" in its name for a target.
+        class_labels = kwargs.pop("class_labels", None)
         if class_labels is not None:
             if input_ids is None:
                 raise ValueError("`class_labels` take the place of a token, SOS: pass `input_ids` or `labels`.")
             refuse_packed_images(position_ids, "A class")
-            input_ids = name_classes(input_ids, class_labels, self.config)
+            input_ids = name_classes(input_ids, class_labels, self.config, attention_mask)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -476,7 +478,7 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
     def generate(  # type: ignore[override]  # the other arguments are in `kwargs`
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> GenerateOutput | torch.Tensor:
-        """Return tokens (B, 1 + N), SOS first: whole images by default, or continuations of `inputs` (B, T), SOS first.
+        """Return tokens (B, 1 + N), SOS or a class first: whole images by default, or continuations of such `inputs` (B, T).
 
         Works as `GenerationMixin.generate`, except that SOS and the full length are supplied if neither the arguments nor
         the checkpoint give them, and that a length over SOS + N is a ValueError before the first step. SOS is never
@@ -484,8 +486,9 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
 
         class_labels: (B,) the class that each image is to be of, 0..C-1, or −1 for none, whose token takes the place of SOS.
         guidance_scale: s of classifier-free guidance, for images of classes: logits are l + (s − 1) (l − l_∅), where l_∅ are
-        those of no class; 1 is none. Both are computed in one batch with one cache. With `negative_prompt_ids` it is transformers' own. Guidance of images of no class, below 1,
-        and with other than sampling and greedy search is a ValueError.
+        those of no class; 1 is none. Both are computed in one batch with one cache, so that the `logits` and the hidden
+        states of an output have 2 B rows, and the `scores` B. With `negative_prompt_ids` guidance is transformers' own.
+        Guidance of images of no class, below 1, and with other than sampling and greedy search is a ValueError.
         """
         if generation_config is not None:
             generation_config = copy.deepcopy(generation_config)
@@ -526,22 +529,27 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
                 raise ValueError(
                     "`class_labels` take the place of a token, SOS: pass tokens in place of `inputs_embeds`."
                 )
-            class_labels = torch.as_tensor(class_labels)
             if prompt is None:
-                prompt = torch.full((class_labels.numel(), 1), self.config.sos_token_id)
-            inputs = prompt = name_classes(prompt.to(self.device), class_labels, self.config)
+                prompt = torch.full((len(class_labels), 1), self.config.sos_token_id)
+            mask = kwargs.get("attention_mask")
+            inputs = prompt = name_classes(prompt.to(self.device), class_labels, self.config, mask)
             kwargs.pop("input_ids", None)
         if prompt is None and kwargs.get("inputs_embeds") is None:
             prompt = torch.tensor([[given("bos_token_id")]])
-        scale = given("guidance_scale")
+        asked = [kwargs.get("guidance_scale"), getattr(generation_config, "guidance_scale", None)]
+        scale = kwargs["guidance_scale"] if "guidance_scale" in kwargs else given("guidance_scale")
         if scale not in (None, 1) and kwargs.get("negative_prompt_ids") is None:  # with which transformers guides
-            if prompt is None or not (prompt > self.config.sos_token_id).any():
+            of_classes = prompt is not None and bool((prompt > self.config.sos_token_id).any())
+            if not of_classes and asked == [None, None]:  # the checkpoint's own default is for images of classes
+                scale = kwargs["guidance_scale"] = None
+            elif not of_classes:
                 raise ValueError(
                     "guidance_scale strengthens a class: give `class_labels`, to a model that knows classes."
                 )
-            if not 1 < scale < math.inf:
+            elif not 1 < scale < math.inf:
                 raise ValueError(f"guidance_scale is at least 1, which is none, and finite; found {scale}.")
-            kwargs["guided"] = True
+            else:
+                kwargs["guided"] = True
         if prompt is not None and prompt.ndim == 2 and not self._starts_with_sos(prompt, kwargs.get("attention_mask")):
             logger.warning_once(
                 f"The prompt does not start with SOS ({self.config.sos_token_id}): every pixel is one position earlier "

@@ -7,6 +7,7 @@ turn white, and transparency black.
 from collections.abc import Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, ImageClassificationPipeline, ImageFeatureExtractionPipeline, Pipeline
@@ -70,6 +71,8 @@ class ImageCompletionPipeline(Pipeline):
             raise ValueError(
                 f"A pipeline keeps one number of rows of all its images; found {rows}. `complete` takes several."
             )
+        if np.ndim(generate_kwargs.get("classes", 0)):
+            raise ValueError("A pipeline draws one class of all its images. `complete` takes one for each.")
         if num_completions is not None and num_completions < 1:
             raise ValueError(f"num_completions is at least 1; found {num_completions}.")
         options = {"rows": rows, "num_completions": num_completions, "seed": seed}

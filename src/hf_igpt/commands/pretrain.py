@@ -93,7 +93,11 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
         told: dict[str, Any] = {}
         if classes:
             by_class = average_by_class(found.predictions, found.label_ids, classes)
-            told = {"classes": len(classes), "details": {"nats per pixel by class": by_class}}
+            told = {"details": {"nats per pixel by class": by_class}}
+            if (n_told := int((found.label_ids >= 0).sum())) == len(held_out):
+                told["classes"] = len(classes)
+            else:  # some have no label
+                told["details"]["images whose class was told"] = n_told
         about_model = about | told
         return runs.record_training(trainer, step, metric="nats_per_pixel", value=nats, n=len(held_out), **about_model)
 
@@ -161,13 +165,14 @@ def make_picture_drawer(
 ) -> Callable[[Any], Image.Image]:
     """Make a function that turns a model into a picture.
 
-    A causal model draws images, of all classes in turn if it is told classes; a masked model fills in the hidden pixels of held-out images.
+    A causal model draws images, evenly of its classes if it knows any; a masked model fills in the hidden pixels of held-out
+    images.
     """
 
     def draw(model: Any) -> Image.Image:
         if model.config.objective == "causal":
             n_classes, count = model.config.n_class_tokens, args.num_samples
-            classes = sorted(number % n_classes for number in range(count)) if n_classes else None
+            classes = [number * n_classes // count for number in range(count)] if n_classes else None
             images: Any = sample(
                 model, processor, 1 if classes else count, classes=classes, seed=args.seed, progress=False
             )

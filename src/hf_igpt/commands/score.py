@@ -78,9 +78,9 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     """Score images with a causal model: nats per pixel of each, and how surprising each pixel is.
 
     Writes `scores.csv`, `surprise.png`, `histogram.png`, with `by_class` also `classes.csv` and, if classes are known,
-    `confusion.png`, and, last, `score.json`, whose records it returns; with `attention`
-    also `attention-1.png` and so on, one for each image of `surprise.png` in its order. What is wrong
-    with the model, the folders or the images is a ValueError before any forward pass.
+    `confusion.png`, and, last, `score.json`, whose records it returns; with `attention` also `attention-1.png` and so on, one
+    for each image of `surprise.png` in its order. What is wrong with the model, the folders or the images is a ValueError
+    before any forward pass.
     """
     name = args.model_name_or_path
     check_model_exists(name)
@@ -134,7 +134,8 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
         if len(labels):
             pictures["confusion.png"] = plots.confusion_matrix(labels, found, class_names(config))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SCORE).unlink(missing_ok=True)  # it would describe other files than those that follow
+    for former in (SCORE, "classes.csv", "confusion.png"):  # these would be of other files than those that follow
+        (folder / former).unlink(missing_ok=True)
     for earlier in folder.glob("attention-*.png"):  # of other images, or of another pixel
         if earlier.stem.removeprefix("attention-").isdecimal():
             earlier.unlink()

@@ -19,7 +19,6 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "between 0 and 1": lambda number: 0 < number < 1,
     "above 0 and at most 1": lambda number: 0 < number <= 1,
     "at least 0 and below 1": lambda number: 0 <= number < 1,
-    "from 0 to 1": lambda number: 0 <= number <= 1,
     "from 0 to 4294967295": lambda number: 0 <= number < 2**32,  # the seeds that numpy takes
     f"from 1 to {MAX_COLORS}": lambda number: 1 <= number <= MAX_COLORS,
     "any number": lambda number: True,

@@ -28,7 +28,7 @@ from ..image_processing_imagegpt import (
 from ..presets import DIGITS_IMAGE_SIZE, DIGITS_N_COLORS, IMAGE_SIZE, N_COLORS, PALETTE_PIXELS
 from .arguments import DataArguments, parse_image_size
 from .images import read_images, report_bad_images
-from .sources import IMAGE, LABEL, AnyDataset, Splits, label_classes, load_images, load_labelled_images
+from .sources import IMAGE, LABEL, AnyDataset, Splits, load_images, load_labelled_images
 from .tokens import (
     BATCH,
     SHUFFLE_BUFFER,
@@ -49,9 +49,9 @@ class TrainingImages:
     """The images of a run: its splits, its image processor and its tokens, each made once and the same in every process.
 
     splits: `{"train": …, "validation": …}` of undecoded images, and with `labelled` also "test", as `load_images` and
-    `load_labelled_images` return them. With a `class_dropout`, rows name the class of their image, which is left out of those for
-    training with that probability. Splits are drawn with `split_seed` (None: `seed`), the palette and augmentation with
-    `seed`.
+    `load_labelled_images` return them. Splits are drawn with `split_seed` (None: `seed`), the palette and augmentation with
+    `seed`. With a `class_dropout`, rows name the class of their image, which is left out of those for training with that
+    probability.
 
     processor: the folder or Hub name of an image processor, or a palette file (.npy, .json); None fits a palette of
     `num_colors` colours to the training images, in the main process only. hub_source: `revision` and `cache_dir` for that
@@ -81,16 +81,19 @@ class TrainingImages:
         self.split_seed = seed if split_seed is None else split_seed
         self._processor_source, self._num_colors, self._hub_source = processor, num_colors, hub_source or {}
         self._tokens: dict[str, datasets.Dataset] = {}
-        self.is_stream = args.streaming
+        self.is_stream, self.reads_labels = args.streaming, labelled or class_dropout is not None
         state = PartialState()
         with _main_process_first():
             if labelled:
                 self.splits = load_labelled_images(args, seed=self.split_seed)
             else:
                 share = (state.process_index, state.num_processes, num_workers)
-                self.splits = load_images(args, self.split_seed, *share)
-                if class_dropout is not None:
-                    self.splits = label_classes(self.splits, args.name())
+                self.splits = load_images(args, self.split_seed, *share, classes=class_dropout is not None)
+        if self.reads_labels and not self.is_stream:
+            lacking = set(range(len(self.classes))) - set(self.splits["train"][LABEL])
+            if lacking:
+                names = ", ".join(self.classes[number] for number in sorted(lacking)[:5])
+                tqdm.write(f"{len(lacking)} of {len(self.classes)} classes have no training images: {names}.")
 
     @property
     def name(self) -> str:
@@ -127,11 +130,16 @@ class TrainingImages:
     def identity(self) -> dict[str, Any]:
         """Return what decides which images are in which split, which must not change when a run resumes.
 
-        That is the arguments, and as `images` what `fingerprint_images` says of each split (of a stream: of held-out images).
+        That is the arguments, and as `images` what `fingerprint_images` says of each split (of a stream: of held-out images)
+        and which labels they have, if labels are read.
         """
         arguments = {name: value for name, value in vars(self._args).items() if name not in _CHANGES_NOTHING}
         splits = {name: split for name, split in self.splits.items() if isinstance(split, datasets.Dataset)}
-        return arguments | {"images": {name: fingerprint_images(split) for name, split in splits.items()}}
+        prints = {name: fingerprint_images(split) for name, split in splits.items()}
+        if self.reads_labels:
+            hash_labels = datasets.fingerprint.Hasher.hash
+            prints |= {f"labels of {name}": hash_labels(list(split[LABEL])) for name, split in splits.items()}
+        return arguments | {"images": prints}
 
     def check_enough(self, images_per_step: int) -> None:
         """Raise ValueError if there are fewer training images than one optimiser step uses."""

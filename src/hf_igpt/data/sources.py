@@ -51,7 +51,12 @@ def digits() -> datasets.Dataset:
 
 
 def load_images(
-    args: DataArguments, seed: int = SEED, process: int = 0, num_processes: int = 1, num_workers: int = 0
+    args: DataArguments,
+    seed: int = SEED,
+    process: int = 0,
+    num_processes: int = 1,
+    num_workers: int = 0,
+    classes: bool = False,
 ) -> Splits:
     """Load `{"train": …, "validation": …}`, datasets with undecoded `image` cells and, if the source has labels, `label`.
 
@@ -63,11 +68,17 @@ def load_images(
     or else every k-th image. The shares are disjoint and together make up the stream. num_workers: the workers of the
     `DataLoader` that will read it; more than one is a ValueError if the first images of the stream are left out, because
     each worker would leave out its own first images.
+
+    classes: return labels as `label_classes` does.
     """
     raw = _load_raw(args)
     splits: Splits = {name: _standardize_columns(raw[name], args) for name in ("train", "validation") if name in raw}
     if args.streaming:
-        return _split_stream(splits, args, process, num_processes, num_workers)
+        splits = _split_stream(splits, args, process, num_processes, num_workers)
+    if classes:
+        splits = label_classes(splits, args.name())  # before any are left out
+    if args.streaming:
+        return splits
     if "validation" not in splits:
         splits["train"], splits["validation"] = _hold_out(splits["train"], args, seed)
     return _limit_sizes(splits, args, seed)
@@ -112,7 +123,7 @@ def load_labelled_images(args: DataArguments, seed: int = SEED) -> dict[str, dat
 
 
 def label_classes(splits: Splits, name: str) -> Splits:
-    """Return splits from `load_images` with their labels as `ClassLabel`s with the class names of train, −1 for no label.
+    """Return splits with their labels as `ClassLabel`s with the class names of train, −1 for images without a label.
 
     name: the images' name, for the ValueErrors: train has no labels, fewer than two classes, or, as a stream, labels without
     names; another split has a class that train does not have.
@@ -171,11 +182,11 @@ def _is_labelled(dataset: datasets.Dataset | None) -> bool:
 
 
 def read_labels(dataset: datasets.Dataset) -> list[str | None]:
-    """Return the class name of every image, None for an image without a label."""
+    """Return the class name of every image, None for an image without a label, which may be marked by −1."""
     feature, labels = dataset.features[LABEL], dataset[LABEL]
     if isinstance(feature, datasets.ClassLabel):
         return [None if label in (None, -1) else feature.names[label] for label in labels]
-    return [None if label is None else str(label) for label in labels]
+    return [None if label is None or str(label) == "-1" else str(label) for label in labels]
 
 
 def _find_class_names(dataset: datasets.Dataset) -> list[str]:
@@ -183,7 +194,8 @@ def _find_class_names(dataset: datasets.Dataset) -> list[str]:
     if isinstance(feature, datasets.ClassLabel):
         names = feature.names
     elif getattr(feature, "dtype", "").startswith(("int", "uint", "string", "large_string", "bool")):
-        names = [str(label) for label in sorted({label for label in dataset[LABEL] if label is not None})]
+        known = {label for label in dataset[LABEL] if label is not None and str(label) != "-1"}
+        names = [str(label) for label in sorted(known)]
     else:
         raise ValueError(f"The labels are {feature}: classes are integers or strings, one per image.")
     if len(names) < 2:

@@ -144,7 +144,9 @@ def make_eval_result(record: Record, task: str) -> EvalResult:
         dataset_name=describe_images(record),
         dataset_split=record.split,
         metric_type=record.metric,
-        metric_name=METRICS[record.metric] + (f" ({describe_model(record)})" if record.reference else ""),
+        metric_name=METRICS[record.metric]
+        + (f" ({describe_model(record)})" if record.reference else "")
+        + (", told the class" if record.task == "generation" and record.classes else ""),
         metric_value=round(record.value, 6),
         **published,
     )
@@ -162,7 +164,7 @@ def summarize(config: ImageGPTConfig, grid: tuple[int, int], openai: str | None)
         "masked": "learned to predict hidden pixels from all others, without labels (BERT-style)",
     }[config.objective]
     origin = f"OpenAI's iGPT-{openai.upper()}, converted from its TensorFlow checkpoint: an" if openai else "An"
-    if config.n_class_tokens:
+    if config.n_class_tokens and "ImageGPTForCausalImageModeling" in (config.architectures or []):
         what = "learned to predict each pixel from those before it and from the class of the image"
         what += f", and so draws and completes images of any of {config.n_class_tokens} classes, or of none"
     text = (

@@ -172,7 +172,7 @@ class RecipeArguments(TrainingArguments):
             "at least 1, or -1 for none": ("max_steps",),
             "positive": ("num_train_epochs", "max_minutes", "eval_steps", "save_steps", "logging_steps"),
             "at least 0 and below 1": ("adam_beta1", "adam_beta2", "ema_decay"),
-            "from 0 to 1": ("class_dropout",),
+            "above 0 and at most 1": ("class_dropout",),
             "any number": ("local_rank", "ddp_bucket_cap_mb"),  # the launcher's and torch's own
         }
         check_numbers(self, ranges)

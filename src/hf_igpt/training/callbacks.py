@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -100,6 +101,7 @@ class AverageWeights(TrainerCallback):
         self.decay = decay
         self.checkpoint: str | None = None  # the one that training continues from
         self.average: list[torch.Tensor] | None = None  # only during training
+        self.model: PreTrainedModel | None = None
         self.weights: dict[str, torch.Tensor] = {}
         self.swapped = False
 
@@ -112,7 +114,7 @@ class AverageWeights(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        self.weights = dict(model.named_parameters())
+        self.model, self.weights = model, dict(model.named_parameters())
         self.average = [weight.detach().clone() for weight in self.weights.values()]
         if self.checkpoint is not None and self.is_sharded:
             self.load_average(Path(self.checkpoint), self.average)
@@ -148,7 +150,8 @@ class AverageWeights(TrainerCallback):
             self.swap()
         elif self.is_sharded:  # what was loaded are the weights that training would continue from
             self.load_average(Path(best), list(self.weights.values()))
-        self.average, self.weights = None, {}
+            self.forget_gathered()
+        self.average, self.model, self.weights = None, None, {}
 
     @property
     def is_sharded(self) -> bool:
@@ -168,6 +171,13 @@ class AverageWeights(TrainerCallback):
                 kept = weight.clone()
                 weight.copy_(average)
                 average.copy_(kept)
+        self.forget_gathered()
+
+    def forget_gathered(self) -> None:
+        """Let modules gather their weights anew: FSDP2 keeps some that were gathered, beside the shards that have changed."""
+        for module in self.model.modules() if self.model is not None else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -157,10 +157,11 @@ def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict[str, 
             raise ValueError(
                 f"{checkpoint} was trained with --{name} {was.get(name)}, not {value}: give that value, or another --output_dir."
             )
-    if was.get("images") != identity["images"]:
+    images, images_then = identity["images"], was.get("images", {})
+    if any(images[part] != images_then[part] for part in images.keys() & images_then.keys()):
         raise ValueError(
             f"The images are not those that {checkpoint} was trained on: files were added, removed or replaced, so that images "
-            "held out now may have been trained on. Bring them back, or give another --output_dir."
+            "held out now may have been trained on, or labels are others. Bring them back, or give another --output_dir."
         )
     then, now = ImageGPTConfig.from_pretrained(checkpoint).to_diff_dict(), config.to_diff_dict()
     for name in sorted((then.keys() | now.keys()) - {"architectures", "dtype", "transformers_version"}):

@@ -114,7 +114,8 @@ def describe_recipe(
             words = {"sos": "SOS first, as in pretraining", "raw": "raw pixels"}
             head["classifier inputs"] = words[args.classifier_inputs]
     if isinstance(args, PretrainingArguments) and args.class_conditional:
-        head["classes"] = f"{config.n_class_tokens}, not told of {args.class_dropout:.0%} of the images"
+        dropped = f"{100 * (args.class_dropout or 0):.3g} %"
+        head["classes"] = f"{config.n_class_tokens}; for {dropped} of the images the class was left out"
     if model_args.image_processor_name:
         palette = "given"
     else:
