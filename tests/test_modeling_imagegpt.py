@@ -1,5 +1,6 @@
 """The model against OpenAI's own outputs, transformers' class, and its own mathematics."""
 
+import json
 import math
 from pathlib import Path
 from unittest import mock
@@ -661,6 +662,61 @@ def test_biases_are_not_left_out_in_silence(tmp_path):
     randomized(ImageGPTForCausalImageModeling(small_config(use_bias=True))).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use_bias=True"):
         ImageGPTForCausalImageModeling.from_pretrained(tmp_path, use_bias=False)
+
+
+KINDS = (ImageGPTModel, ImageGPTForCausalImageModeling, ImageGPTForImageClassification)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"n_embd": 64}, r"has shape \((96,|.*32)\) in the weights of .*, and \((192,|.*64)\) by the configuration: load them"),
+        ({"vocab_size": 20}, r"has shape \(1[67], 32\) in the weights of .*, and \((19|20), 32\) by the configuration"),
+        ({"n_positions": 25}, r"wpe.weight has shape \(64, 32\) in the weights of .*, and \(25, 32\) by the configuration"),
+        ({"n_layer": 4}, r"lacks (transformer\.)?h\.3\..*, which its configuration requires"),
+        ({"n_layer": 2}, r"h\.2\..* is among the weights of .*, but the configuration has n_layer = 2"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_the_weights_do_not_fit_is_refused(kind, changed, message, tmp_path):
+    saved = randomized(kind(small_config()))
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        kind.from_pretrained(tmp_path, **changed)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(ValueError, match=message):
+        kind.from_pretrained(tmp_path, output_loading_info=True)
+    model, found = kind.from_pretrained(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert all(getattr(model.config, name) == value for name, value in changed.items())
+    again = kind.from_pretrained(None, config=saved.config, state_dict={})
+    assert found["mismatched_keys"] or "n_layer" in changed
+    assert again.num_parameters() == saved.num_parameters()
+
+
+def test_new_heads_are_no_disagreement(tmp_path):
+    """Those of other classes may be missing; a head for other labels is new only if that is asked for."""
+    saved = randomized(ImageGPTModel(small_config()))
+    saved.save_pretrained(tmp_path / "bare")
+    for kind in KINDS:
+        model = kind.from_pretrained(tmp_path / "bare")
+        assert torch.equal(model.base_model.wte.weight, saved.wte.weight)
+    model.save_pretrained(tmp_path / "labels")
+    with pytest.raises(ValueError, match=r"score.weight has shape \(2, 32\) .* \(5, 32\) .* ignore_mismatched_sizes=True"):
+        ImageGPTForImageClassification.from_pretrained(tmp_path / "labels", num_labels=5)
+    options = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    model = ImageGPTForImageClassification.from_pretrained(tmp_path / "labels", **options)
+    assert model.score.weight.shape == (5, 32) and torch.equal(model.transformer.wte.weight, saved.wte.weight)
+
+
+@pytest.mark.parametrize("content", [b"", b"weights", None], ids=["empty", "text", "half"])
+def test_weights_that_cannot_be_read_are_refused_by_folder(content, tmp_path):
+    ImageGPTModel(small_config()).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000] if content is None else content)
+    with pytest.raises(ValueError, match=rf"The weights of {tmp_path} are damaged or cut short"):
+        ImageGPTModel.from_pretrained(tmp_path)
 
 
 def test_sampling_is_from_the_whole_distribution(model):

@@ -8,6 +8,7 @@ Shape letters: B images, N pixels, which are the tokens of an image, T tokens of
 
 import copy
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -60,6 +61,8 @@ from .layers_imagegpt import (
 )
 from .presets import INIT_EMBEDDING_STD, INIT_MLP_STD, INIT_POSITION_STD, MASK_PROBABILITY
 
+
+_HEADS = ("lm_head.weight", "score.weight")
 
 AnyImageGPT = TypeVar("AnyImageGPT", bound="ImageGPTPreTrainedModel")
 
@@ -196,15 +199,30 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls: type[AnyImageGPT], *args: Any, **kwargs: Any) -> AnyImageGPT:
-        """Load a model as transformers does. Trained biases that `use_bias=False` would drop are a ValueError."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        """Load a model as transformers does, but a configuration that its weights do not fit is a ValueError.
+
+        transformers would draw blocks that are missing at random, leave out those that are too many, and raise an error that
+        names no tensor. With `ignore_mismatched_sizes` or a `state_dict` it does as it is told. Heads may be missing, and are
+        then new. Weights that cannot be read, and trained biases that `use_bias=False` would drop, are ValueErrors too.
+        """
+        wants_loading_info = kwargs.pop("output_loading_info", False)
+        trusted = kwargs.get("ignore_mismatched_sizes") or kwargs.get("state_dict") is not None
+        options = kwargs if trusted else kwargs | {"ignore_mismatched_sizes": True}  # they are refused below, by name
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        try:
+            model, loading = super().from_pretrained(*args, **options, output_loading_info=True)
+        except Exception as error:
+            if type(error).__name__ not in ("SafetensorError", "UnpicklingError"):
+                raise
+            raise ValueError(f"The weights of {source} are damaged or cut short: {str(error).splitlines()[0]}") from error
+        if not trusted:
+            check_loading(model, str(source), loading)
         for name, module in model.named_modules():
             if isinstance(module, ImageGPTProjection) and not module.use_bias and module.bias.any():
                 raise ValueError(
                     f"The weights hold biases ({name}), which use_bias=False would leave out: load them with use_bias=True."
                 )
-        return loaded
+        return (model, loading) if wants_loading_info else model
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """Resize the embeddings of a model without a colour head, as transformers does.
@@ -840,6 +858,30 @@ def _color_head(config: ImageGPTConfig) -> nn.Linear:
     head = nn.Linear(config.n_embd, config.vocab_size - 1, bias=False)
     set_initial_std(head, choose_initial_std(config, 0.0))  # zero logits [V2 3.3]
     return head
+
+
+def check_loading(model: ImageGPTPreTrainedModel, source: str, loading: dict[str, Any], *new: str) -> None:
+    """Raise ValueError if `from_pretrained` found other weights than the model's: missing, too many, or of other shapes.
+
+    loading: its `output_loading_info`. new: heads that may have another shape. Heads and biases may be missing: heads are
+    new, and biases zero.
+    """
+    remedy = "load them with the configuration that they were saved with"
+    for name, found, expected in sorted(loading["mismatched_keys"]):
+        if name not in new:
+            raise ValueError(
+                f"{name} has shape {tuple(found)} in the weights of {source}, and {tuple(expected)} by the configuration: "
+                f"{remedy}, or with ignore_mismatched_sizes=True, which draws it at random."
+            )
+    for name in sorted(loading["missing_keys"]):
+        if not name.endswith((".bias", *_HEADS)):
+            raise ValueError(f"{source} lacks {name}, which its configuration requires, among its weights: {remedy}.")
+    for name in sorted(loading["unexpected_keys"]):
+        if re.match(r"(transformer\.)?h\.\d+\.", name):
+            raise ValueError(
+                f"{name} is among the weights of {source}, but the configuration has n_layer = {model.config.n_layer}, of which "
+                f"it is no part: {remedy}."
+            )
 
 
 def _check_objective(model: ImageGPTPreTrainedModel, config: ImageGPTConfig, objective: str) -> None:

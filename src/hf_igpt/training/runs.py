@@ -28,6 +28,7 @@ from ..modeling_imagegpt import (
     ImageGPTForImageClassification,
     ImageGPTModel,
     ImageGPTPreTrainedModel,
+    check_loading,
 )
 from .arguments import FinetuningArguments, ModelArguments, PretrainingArguments, RecipeArguments
 from .callbacks import AverageWeights, Clock, ImageProgress, PushCheckpoints, log_main
@@ -286,13 +287,7 @@ def build_classifier(
             **model_args.attention(),
         )
         model, found = loaded
-        missing = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
-        missing -= {"score.weight", "lm_head.weight"}
-        if missing:
-            raise ValueError(
-                f"{model_args.model_name_or_path} lacks {', '.join(sorted(missing)[:5])} in the shape that its configuration "
-                "requires: it is damaged, or not an Image GPT."
-            )
+        check_loading(model, str(model_args.model_name_or_path), found, "score.weight", "lm_head.weight")
         if not has_head:
             torch.nn.init.zeros_(model.score.weight)  # a new head, even if the checkpoint holds one for other classes
         if model.config.n_class_tokens:  # it is not told the class that it is to find
