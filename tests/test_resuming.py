@@ -1,6 +1,7 @@
 """Runs that are interrupted, changed, doubled or diverging: nothing silently wrong, nothing lost."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ SAVING = {
     "save_total_limit": None,
 }
 IMAGES = {"random_flip": True, "max_train_samples": 40}  # 3 steps an epoch
+AVERAGED = {"max_steps": 6, "images": IMAGES, "ema_decay": 0.6} | SAVING
 
 
 def kill_after_training(whole, folder, step=None):
@@ -97,6 +99,13 @@ def test_early_stopping_is_not_undone(tmp_path, greys, monkeypatch):  # noqa: F8
 def interrupted(tmp_path_factory, greys):  # noqa: F811
     whole = tmp_path_factory.mktemp("interrupted") / "whole"
     run(whole, greys, max_steps=6, images=IMAGES, **SAVING)
+    return whole
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory, greys):  # noqa: F811
+    whole = tmp_path_factory.mktemp("averaged") / "whole"
+    run(whole, greys, **AVERAGED)
     return whole
 
 
@@ -342,6 +351,46 @@ def test_a_run_without_any_good_checkpoint_is_not_overwritten(tmp_path, greys, i
         run(tmp_path / "other", greys, images=IMAGES, **SAVING, **given)
 
 
+class Code:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("code was run",)
+
+
+def narrowed(file):
+    """An optimiser's state with moments that are narrower than their weights, over which torch's kernels read past the end."""
+    state = torch.load(file, weights_only=True)
+    for moments in state["state"].values():
+        moments["exp_avg"] = moments["exp_avg"][..., :1].clone()
+    torch.save(state, file)
+
+
+FORGED = {
+    "text": lambda file: file.write_bytes(b"hello"),
+    "empty": lambda file: file.write_bytes(b""),
+    "code": lambda file: file.write_bytes(pickle.dumps(Code())),
+    "archived code": lambda file: torch.save(Code(), file),
+    "other names": lambda file: torch.save({"state": 7, "param_groups": [], "python": 3}, file),
+    "narrowed": narrowed,
+}
+
+
+@pytest.mark.parametrize("forgery", FORGED)
+def test_a_sealed_checkpoint_with_forged_states_is_refused_by_file(tmp_path, greys, averaged, forgery):  # noqa: F811
+    files = {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    if forgery in ("text", "empty"):
+        files |= {"model.safetensors", "training_weights.safetensors", "trainer_state.json"}
+    for file in ["optimizer.pt"] if forgery == "narrowed" else sorted(files):
+        (tmp_path / file).mkdir()
+        kill_after_training(averaged, tmp_path / file, step=4)
+        FORGED[forgery](tmp_path / file / "checkpoint-4" / file)
+        checkpoints.seal_checkpoint(tmp_path / file / "checkpoint-4")
+        with pytest.raises(ValueError, match=rf"checkpoint-4/{file}\b.* does not hold the state of this training \("):
+            run(tmp_path / file, greys, **AVERAGED)
+        assert not list((tmp_path / file).rglob("checkpoint-6"))
+
+
 def test_a_damaged_best_checkpoint_is_made_again(tmp_path, greys, interrupted):  # noqa: F811
     options = {"max_steps": 6, "images": IMAGES} | SAVING
     state = json.loads((interrupted / "checkpoint-6" / "trainer_state.json").read_text())
@@ -367,9 +416,6 @@ def test_files_of_no_concern_do_not_block_a_run(tmp_path, greys):  # noqa: F811
 
 
 # -- averaged weights --------------------------------------------------------------------------------------------------
-
-AVERAGED = {"max_steps": 6, "images": IMAGES, "ema_decay": 0.6} | SAVING
-
 
 class Steps(TrainerCallback):
     """Keeps a copy of the weights at the beginning and after each step."""

@@ -202,8 +202,9 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
         """Load a model as transformers does, but a configuration that its weights do not fit is a ValueError.
 
         transformers would draw blocks that are missing at random, leave out those that are too many, and raise an error that
-        names no tensor. With `ignore_mismatched_sizes` or a `state_dict` it does as it is told. Heads may be missing, and are
-        then new. Weights that cannot be read, and trained biases that `use_bias=False` would drop, are ValueErrors too.
+        names no tensor. Heads may be missing, and are then new. With `ignore_mismatched_sizes` or a `state_dict` it does as it
+        is told, and with `output_loading_info` the caller learns what is missing and judges it. Weights that cannot be read,
+        and trained biases that `use_bias=False` would drop, are ValueErrors too.
         """
         wants_loading_info = kwargs.pop("output_loading_info", False)
         trusted = kwargs.get("ignore_mismatched_sizes") or kwargs.get("state_dict") is not None
@@ -214,9 +215,11 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
         except Exception as error:
             if type(error).__name__ not in ("SafetensorError", "UnpicklingError"):
                 raise
-            raise ValueError(f"The weights of {source} are damaged or cut short: {str(error).splitlines()[0]}") from error
+            said = str(error).partition("\n")[0]
+            raise ValueError(f"The weights of {source} are damaged or cut short: {said}") from error
         if not trusted:
-            check_loading(model, str(source), loading)
+            told = {"missing_keys": (), "unexpected_keys": ()} if wants_loading_info else {}
+            check_loading(model, str(source), loading | told)
         for name, module in model.named_modules():
             if isinstance(module, ImageGPTProjection) and not module.use_bias and module.bias.any():
                 raise ValueError(
@@ -860,8 +863,12 @@ def _color_head(config: ImageGPTConfig) -> nn.Linear:
     return head
 
 
+class WeightsDoNotFit(ValueError, RuntimeError):
+    """Weights are not those of the configuration. transformers raises a RuntimeError where shapes differ."""
+
+
 def check_loading(model: ImageGPTPreTrainedModel, source: str, loading: dict[str, Any], *new: str) -> None:
-    """Raise ValueError if `from_pretrained` found other weights than the model's: missing, too many, or of other shapes.
+    """Raise a ValueError if `from_pretrained` found other weights than the model's: missing, too many, or of other shapes.
 
     loading: its `output_loading_info`. new: heads that may have another shape. Heads and biases may be missing: heads are
     new, and biases zero.
@@ -869,16 +876,18 @@ def check_loading(model: ImageGPTPreTrainedModel, source: str, loading: dict[str
     remedy = "load them with the configuration that they were saved with"
     for name, found, expected in sorted(loading["mismatched_keys"]):
         if name not in new:
-            raise ValueError(
+            raise WeightsDoNotFit(
                 f"{name} has shape {tuple(found)} in the weights of {source}, and {tuple(expected)} by the configuration: "
                 f"{remedy}, or with ignore_mismatched_sizes=True, which draws it at random."
             )
     for name in sorted(loading["missing_keys"]):
         if not name.endswith((".bias", *_HEADS)):
-            raise ValueError(f"{source} lacks {name}, which its configuration requires, among its weights: {remedy}.")
+            raise WeightsDoNotFit(
+                f"{source} lacks {name}, which its configuration requires, among its weights: {remedy}."
+            )
     for name in sorted(loading["unexpected_keys"]):
         if re.match(r"(transformer\.)?h\.\d+\.", name):
-            raise ValueError(
+            raise WeightsDoNotFit(
                 f"{name} is among the weights of {source}, but the configuration has n_layer = {model.config.n_layer}, of which "
                 f"it is no part: {remedy}."
             )

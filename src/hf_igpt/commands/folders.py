@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.records import own_file
+from ..modeling_imagegpt import check_loading
 
 
 def folder_beside(model_name: str, output_dir: str | None, name: str = "") -> Path:
@@ -56,7 +57,8 @@ def load_trained(kind: Any, model_name: str, remedy: str, **options: Any) -> Any
     options: those of `from_pretrained`.
     """
     model, loading = kind.from_pretrained(model_name, output_loading_info=True, **options)
-    if loading["missing_keys"]:
+    check_loading(model, model_name, loading)
+    if loading["missing_keys"]:  # a head
         missing = ", ".join(sorted(loading["missing_keys"]))
         raise ValueError(f"{model_name} is not a trained {kind.__name__}: it lacks {missing}. {remedy}")
     return model

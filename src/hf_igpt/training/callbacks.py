@@ -25,7 +25,7 @@ from transformers.trainer_utils import has_length
 from ..data import ImageTokens
 from ..evaluation.metrics import BITS_PER_NAT
 from ..evaluation.records import save_picture
-from .checkpoints import checkpoint_of
+from .checkpoints import checkpoint_of, refusing_states
 
 
 def log_main(text: str) -> None:
@@ -119,8 +119,8 @@ class AverageWeights(TrainerCallback):
         if self.checkpoint is not None and self.is_sharded:
             self.load_average(Path(self.checkpoint), self.average)
         elif self.checkpoint is not None:  # whose model, loaded by now, is the average
-            saved = load_file(Path(self.checkpoint) / self.FILE)
-            with torch.no_grad():
+            with refusing_states(self.checkpoint, self.FILE), torch.no_grad():
+                saved = load_file(Path(self.checkpoint) / self.FILE)
                 for name, weight in self.weights.items():
                     weight.copy_(saved[name])
 

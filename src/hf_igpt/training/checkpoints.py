@@ -8,11 +8,14 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation.records import whole_file
@@ -76,6 +79,29 @@ def find_damage(checkpoint: Path) -> str | None:
     except (AttributeError, ValueError, OSError) as error:
         return f"{checkpoint} cannot be read: {error}"
     return None
+
+
+@contextmanager
+def refusing_states(checkpoint: str | None, *patterns: str) -> Iterator[None]:
+    """Within it, what is saved in the files of a checkpoint that fit `patterns` is loaded: an error becomes a ValueError.
+
+    A seal says that files are those that were written, not that this training wrote them.
+    """
+    try:
+        yield
+    except Exception as error:  # of any type: a file may hold anything, and nothing of it is run
+        files = [str(file) for pattern in patterns for file in sorted(Path(str(checkpoint)).glob(pattern))]
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{' or '.join(files)} does not hold the state of this training ({type(error).__name__}: {said}): continue from "
+            "another checkpoint, or give another --output_dir."
+        ) from error
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """Read the `TrainerState` of a checkpoint; one that cannot be read is a ValueError."""
+    with refusing_states(str(checkpoint), TRAINER_STATE_NAME):
+        return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 class SealCheckpoints(TrainerCallback):

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..configuration_imagegpt import ImageGPTConfig
 from ..data import TrainingImages
 from ..evaluation.records import RECORDS, RUN, read_run
 from .arguments import ModelArguments, RecipeArguments
 from .callbacks import log_main
-from .checkpoints import find_damage, is_sealed, list_checkpoints
+from .checkpoints import find_damage, is_sealed, list_checkpoints, read_state
 from .trainer import ImageGPTTrainer
 
 
@@ -110,7 +108,7 @@ def find_damage_or_best(checkpoint: Path, with_best: bool) -> str | None:
     """As `find_damage`; with_best: also say so if the best checkpoint that it refers to is damaged or missing."""
     damage = find_damage(checkpoint)
     if damage is None and with_best:
-        best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+        best = read_state(checkpoint).best_model_checkpoint
         place = find_best(checkpoint, best)
         if best and place is None:
             return f"the best checkpoint, {best}, is not there"
@@ -243,7 +241,7 @@ def is_finished(checkpoint: str, trainer: ImageGPTTrainer) -> bool:
     A checkpoint that is past the end of another run, or that cannot be continued exactly, is a ValueError.
     """
     args: Any = trainer.args
-    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    state = read_state(Path(checkpoint))
     total = args.max_steps
     if total <= 0:
         total = math.ceil(args.num_train_epochs * args.steps_per_epoch(len(trainer.train_dataset)))
@@ -267,7 +265,7 @@ def is_finished(checkpoint: str, trainer: ImageGPTTrainer) -> bool:
 
 def load_finished(trainer: ImageGPTTrainer, checkpoint: str) -> None:
     """Bring the trainer to where it was when training ended: the state of the last checkpoint, the weights of the best."""
-    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    state = read_state(Path(checkpoint))
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     source = find_best(Path(checkpoint), best) or checkpoint
     trainer.state = state

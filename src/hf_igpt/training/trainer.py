@@ -21,6 +21,7 @@ from ..image_processing_imagegpt import AnyImageProcessor
 from ..modeling_imagegpt import ImageGPTForImageClassification, ImageGPTPreTrainedModel
 from .arguments import WARMUP_SHARE, count_steps
 from .callbacks import AverageWeights, Clock, DrawAnew
+from .checkpoints import refusing_states
 
 
 class NotFinite(ValueError):
@@ -286,6 +287,24 @@ class ImageGPTTrainer(Trainer):
             revision=revision or args.hub_revision,
         )
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        with refusing_states(resume_from_checkpoint, "*model*"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with refusing_states(checkpoint, "optimizer*", "scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and not self.is_sharded:
+                check_moments(self.optimizer)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with refusing_states(checkpoint, "scaler.pt"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with refusing_states(checkpoint, "rng_state*.pth"):
+            super()._load_rng_state(checkpoint)
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Create `Trainer`'s scheduler, or a cosine that follows the clock whenever that is ahead of the steps."""
         timer = self.clock
@@ -302,6 +321,16 @@ class ImageGPTTrainer(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(owner, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+
+def check_moments(optimizer: Any) -> None:
+    """ValueError if one of torch's optimizers holds a tensor of another shape than its weight: its kernels would not look."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    if type(optimizer).__module__.startswith("torch.optim"):
+        for weight, state in optimizer.state.items():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.ndim and value.shape != weight.shape:
+                    raise ValueError(f"{name} has shape {tuple(value.shape)}, its weight {tuple(weight.shape)}")
 
 
 def compute_held_out_metrics(prediction: EvalPrediction) -> dict[str, float]:
