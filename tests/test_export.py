@@ -93,6 +93,12 @@ def test_biases_of_adapters_are_not_lost(tokens):
     with pytest.raises(ValueError, match=r"lora_bias=True: this model has no biases \(use_bias=False\)"):
         peft.get_peft_model(model, options)
     assert model(labels=tokens).loss.item() == expected
+    first = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True))
+    with pytest.raises(ValueError, match=r"lora_bias=True: this model has no biases \(use_bias=False\)"):
+        first.add_adapter("second", options)
+    assert first(labels=tokens).loss.item() == pytest.approx(expected)
+    copied = copy.deepcopy(first.merge_and_unload())
+    assert copied(labels=tokens).loss.item() == pytest.approx(expected)
     adapted = peft.get_peft_model(randomized(ImageGPTForCausalImageModeling(small_config(use_bias=True))), options)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

@@ -67,6 +67,18 @@ class ImageGPTProjection(Conv1D):
         return nn.functional.linear(x, self.weight.t(), self.bias if self.use_bias else None)
 
 
+class _WithoutBiases(dict[str, bool]):
+    """Which adapters of a projection have biases: none. PEFT sets an entry for each that is added."""
+
+    def __setitem__(self, adapter: str, has_bias: bool) -> None:
+        if has_bias:
+            raise ValueError(
+                "lora_bias=True: this model has no biases (use_bias=False), and those of the adapter would be lost on "
+                "merging. Set lora_bias=False, or load the model with use_bias=True."
+            )
+        super().__setitem__(adapter, has_bias)
+
+
 class ImageGPTSublayer(nn.Module):
     """A module that holds projections, and refuses adapters whose trained biases would be lost on merging.
 
@@ -75,11 +87,11 @@ class ImageGPTSublayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = getattr(value, "base_layer", None)
-        if isinstance(base, ImageGPTProjection) and not base.use_bias and any(value.lora_bias.values()):
-            raise ValueError(
-                "lora_bias=True: this model has no biases (use_bias=False), and those of the adapter would be lost on "
-                "merging. Set lora_bias=False, or load the model with use_bias=True."
-            )
+        if isinstance(base, ImageGPTProjection) and not base.use_bias and hasattr(value, "lora_bias"):
+            without = _WithoutBiases()
+            for adapter, has_bias in value.lora_bias.items():
+                without[adapter] = has_bias
+            value.lora_bias = without  # those that are added later too
         super().__setattr__(name, value)
 
 
