@@ -370,6 +370,21 @@ def test_recipes_are_checked_like_flags(tmp_path, recipe, monkeypatch):
         parse_arguments(ModelArguments, DataArguments, PretrainingArguments, description="")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "AdamW, betas 0.9 and 0.95, weight decay 0"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9"}, "SGD, weight decay 0, momentum=0.9"),
+        ({"optim": "adafactor", "weight_decay": 0.1}, "Adafactor, weight decay 0.1"),
+    ],
+    ids=str,
+)
+def test_cards_name_the_optimiser_that_was_used(options, words, tmp_path):
+    arguments = PretrainingArguments(str(tmp_path), use_cpu=True, **options)
+    arguments.resolve("tiny", "causal", 8, 1000)
+    assert arguments.recipe(1000)["optimiser"] == words
+
+
 def test_evaluations_and_checkpoints_come_together():
     assert (PretrainingArguments().eval_steps, PretrainingArguments().save_steps) == (0.1, 0.1)
     arguments = PretrainingArguments(save_steps=20)
@@ -409,6 +424,18 @@ def test_fit_clusters(tmp_path, palette, capsys):
     [
         ({"images": {"max_train_samples": 10}}, "10 training images are fewer than one step's 16"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing"),
+        ({"fp16_full_eval": True}, "--fp16_full_eval is not supported: .* give --fp16"),
+        ({"bf16_full_eval": True}, "--bf16_full_eval is not supported: .* give --bf16"),
+        ({"use_liger_kernel": True}, "--use_liger_kernel is not supported: Liger has no kernels for Image GPT"),
+        ({"batch_eval_metrics": True}, "--batch_eval_metrics is not supported"),
+        ({"include_for_metrics": ["inputs"]}, "--include_for_metrics is not supported"),
+        ({"auto_find_batch_size": True}, "--auto_find_batch_size is not supported: the batch is part of the recipe"),
+        ({"ignore_data_skip": True}, "--ignore_data_skip is not supported: a run that is resumed would see other images"),
+        ({"enable_jit_checkpoint": True}, "--enable_jit_checkpoint is not supported: a run that it ends"),
+        ({"parallelism_config": "x"}, "--parallelism_config is not supported: there is no plan"),
+        ({"debug": "tpu_metrics_debug"}, "tpu_metrics_debug needs a TPU"),
+        ({"torch_compile_backend": "fast"}, "--torch_compile_backend is one of .*inductor.*; found fast"),
+        ({"torch_compile_mode": "fast"}, "--torch_compile_mode: .*fast"),
         ({"gradient_accumulation_steps": 3}, "per_device_train_batch_size"),
         ({"max_minutes": 0}, "max_minutes"),
         ({"model": {"num_colors": 5}}, "num_colors 5"),

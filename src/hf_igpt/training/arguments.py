@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
+from transformers.debug_utils import DebugOption
 from transformers.trainer_utils import HubStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -30,6 +32,20 @@ from ..presets import (
 )
 
 
+# Arguments of transformers that do not fit, each with what is instead.
+UNFIT = {
+    "label_smoothing_factor": "the loss is the model's exact likelihood",
+    "prediction_loss_only": "nats per pixel are computed from the predictions",
+    "batch_eval_metrics": "each image is reduced to its nats or its class when it is predicted, which takes no memory",
+    "include_for_metrics": "metrics are computed from the nats or the class of each image",
+    "fp16_full_eval": "it would halve the weights that are saved, and records would not be of what was trained; give --fp16",
+    "bf16_full_eval": "it would halve the weights that are saved, and records would not be of what was trained; give --bf16",
+    "use_liger_kernel": "Liger has no kernels for Image GPT; give --torch_compile",
+    "auto_find_batch_size": "the batch is part of the recipe; give --per_device_train_batch_size",
+    "ignore_data_skip": "a run that is resumed would see other images than one that was not interrupted",
+    "enable_jit_checkpoint": "a run that it ends would count as finished; give --save_steps, from which a killed run continues",
+    "parallelism_config": "there is no plan for it; shard the model with FSDP (docs/launching.md)",
+}
 WARMUP_SHARE = 0.1  # the longest default warm-up, as a fraction of training
 
 
@@ -219,21 +235,21 @@ class RecipeArguments(TrainingArguments):
                 f"--hub_strategy {HubStrategy(self.hub_strategy).value} would publish training_args.bin, with paths and "
                 "tokens: use end or every_save."
             )
-        if self.label_smoothing_factor:
-            raise ValueError("--label_smoothing_factor is not supported: the loss is the model's exact likelihood.")
+        for name, instead in UNFIT.items():
+            if getattr(self, name):
+                raise ValueError(f"--{name} is not supported: {instead}.")
         if self.max_minutes is not None and self.lr_scheduler_type not in ("cosine", "constant"):
             raise ValueError("--max_minutes decays the learning rate by a cosine: leave --lr_scheduler_type out.")
-        if self.prediction_loss_only:
-            raise ValueError(
-                "--prediction_loss_only is not supported: nats per pixel are computed from the predictions."
-            )
         if self.mixed_precision == "fp16" and self.use_cpu:
             raise ValueError("--fp16 needs a GPU, on a CPU it would be float32: leave it out, or give --bf16.")
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise ValueError(
                 "--dataloader_persistent_workers keeps workers: give --dataloader_num_workers, at least 1."
             )
+        if DebugOption.TPU_METRICS_DEBUG in self.debug:
+            raise ValueError("--debug tpu_metrics_debug needs a TPU: leave it out.")
         self._check_optimizer()
+        self._check_compilation()
 
     def _check_metric(self, *metrics: str) -> None:
         """ValueError unless the best model is chosen by one of `metrics`, which are measured."""
@@ -259,6 +275,19 @@ class RecipeArguments(TrainingArguments):
         except (TypeError, ValueError) as error:
             name = SchedulerType(self.lr_scheduler_type).value
             raise ValueError(f"--lr_scheduler_type {name}, --lr_scheduler_kwargs: {error}") from error
+
+    def _check_compilation(self) -> None:
+        """ValueError if --torch_compile has a backend or a mode that there is not."""
+        if self.torch_compile:
+            backends = [backend.value.lower() for backend in DynamoBackend if backend != DynamoBackend.NO]
+            if str(self.torch_compile_backend).lower() not in backends:
+                raise ValueError(
+                    f"--torch_compile_backend is one of {', '.join(backends)}; found {self.torch_compile_backend}."
+                )
+            try:
+                torch.compile(torch.nn.Identity(), mode=self.torch_compile_mode)
+            except RuntimeError as error:
+                raise ValueError(f"--torch_compile_mode: {error}") from error
 
     def per_device_share(self, batch_size: int) -> int:
         """Return the images per process and forward pass that make `batch_size` images per optimiser step.
@@ -338,11 +367,24 @@ class RecipeArguments(TrainingArguments):
         return averaged | {
             "batch": f"{self.images_per_step()} images",
             "steps": steps,
-            "optimiser": f"AdamW, betas {self.adam_beta1:g} and {self.adam_beta2:g}, weight decay {self.weight_decay:g}",
+            "optimiser": self.describe_optimizer(),
             "learning rate": f"{self.learning_rate:g}, {self.warmup_steps:g} steps of warm-up, then {schedule}",
             "precision": f"{precision} autocast" if precision else "float32",
             "seed": self.seed,
         }
+
+
+    def describe_optimizer(self) -> str:
+        """The optimiser in words: "AdamW, betas 0.9 and 0.95, weight decay 0"."""
+        from transformers import Trainer  # as in `_check_optimizer`
+
+        name, betas = OptimizerNames(self.optim).value, None
+        if not self.optim_target_modules:  # whose names only the real model has
+            model: Any = torch.nn.Module()
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(self, model)
+            name, betas = kind.__name__, options.get("betas")
+        words = [name, f"betas {betas[0]:g} and {betas[1]:g}" if betas else "", f"weight decay {self.weight_decay:g}"]
+        return ", ".join(filter(None, [*words, self.optim_args]))
 
 
 def count_steps(args: TrainingArguments, n_images: int) -> int:

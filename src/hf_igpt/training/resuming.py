@@ -40,10 +40,10 @@ FREE = (
         "dataloader_num_workers",
         "do_",
     ),
-    *("dataloader_p", "torch_compile", "torch_empty_cache_steps", "include_", "trackio_", "use_liger_kernel"),
-    *("ddp_", "fsdp", "deepspeed", "accelerator_config", "parallelism_config", "local_rank", "skip_memory_metrics"),
+    *("dataloader_p", "torch_compile", "torch_empty_cache_steps", "include_", "trackio_"),
+    *("ddp_", "fsdp", "deepspeed", "accelerator_config", "local_rank", "skip_memory_metrics"),
     *("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "save_on_each_node", "world_size"),
-    *("full_determinism", "use_cache", "num_masks", "restore_callback", "enable_jit_checkpoint", "gradient_checkp"),
+    *("full_determinism", "use_cache", "num_masks", "restore_callback", "gradient_checkp"),
 )
 LENGTH = ("max_steps", "num_train_epochs", "max_minutes", "warmup_")
 # Of a stream these decide which images are read when.
