@@ -157,6 +157,14 @@ home = {"plain": "transformers.", "code": "transformers_modules.", "package": "h
 tokens = torch.randint(0, 16, (4, 64), generator=torch.Generator().manual_seed(0))
 answers = {}
 
+def hard_images():
+    # Of 16 bits, and transparent: transformers' own pipelines would turn them white and black.
+    from PIL import Image
+
+    greys = np.linspace(0, 65535, 576).reshape(24, 24)
+    levels = np.random.default_rng(2).integers(0, 256, (24, 24, 4), dtype=np.uint8)
+    return Image.fromarray(greys.astype(np.uint16)), Image.fromarray(levels)
+
 def load(auto, name):
     model, report = auto.from_pretrained(name, output_loading_info=True, **trust)
     assert type(model).__module__.startswith(home), type(model)
@@ -181,7 +189,21 @@ with torch.no_grad():
     assert type(classify.model).__module__.startswith(home)
     assert type(classify.image_processor).__module__.startswith(home)
     answers["scores"] = np.array([entry["score"] for entry in sorted(classify(photo), key=lambda e: e["label"])])
+    if way != "plain":
+        sixteen_bits, clear = hard_images()
+        named, unnamed = classify, pipeline(model="org/igpt-raw", **trust)
+        for ask in (named, unnamed):
+            for image in (sixteen_bits, clear):
+                found = {entry["label"]: entry["score"] for entry in ask(image)}
+                inputs = processor(image, return_tensors="pt")["input_ids"]
+                right = load(AutoModelForImageClassification, "org/igpt-raw")(inputs).logits.softmax(-1)[0]
+                assert np.allclose([found[f"LABEL_{i}"] for i in range(3)], right, atol=1e-5), (found, right)
+        assert "image-classification" not in classify.model.config.to_json_string()
     extract = pipeline("image-feature-extraction", "org/igpt-causal", **trust)
+    if way != "plain":
+        for image in (sixteen_bits, clear):
+            inputs = processor(image, return_tensors="pt")["input_ids"]
+            assert np.allclose(extract(image, return_tensors=True), backbone(inputs).last_hidden_state, atol=1e-5)
     answers["extracted"] = extract(photo, return_tensors=True)
     if way != "plain":
         answers["sos"] = load(AutoModelForImageClassification, "org/igpt-sos")(tokens).logits

@@ -105,6 +105,29 @@ def test_depths():
         assert np.array_equal(reduce_depth(PIXELS.astype(dtype)), PIXELS)
 
 
+@pytest.mark.parametrize(
+    ("mode", "valid", "invalid"),
+    [
+        ("RGB", [(10, 20, 30), [10, 20, 30]], [b"\x00\xff", b"abc", (1, 2), "white", 0.5]),
+        ("L", [20], [b"\x00\xff", (1, 2), "white", 0.5]),
+        ("P", [3, b"\x00\x80\xff"], [bytes(300), (1, 2, 3), 300, "white", 0.5]),
+    ],
+)
+def test_transparency_as_pillow_reads_it_or_a_sentence(mode, valid, invalid):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    image.putpixel((0, 0), (10, 20, 30))
+    image = image.convert(mode)
+    for value in valid:
+        image.info["transparency"] = value
+        white = Image.new("RGBA", image.size, "white")
+        expected = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        assert np.array_equal(to_rgb_image(image), expected)
+    for value in invalid:
+        image.info["transparency"] = value
+        with pytest.raises(ValueError, match=rf"image of mode {mode} has no transparency such as .*delete its"):
+            to_rgb_image(image)
+
+
 def test_transparency_of_sixteen_bits(tmp_path):
     Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "x.png", transparency=int(GREY[2, 3]) * 257)
     expected = np.where(GREY[2, 3] == GREY, 255, GREY)

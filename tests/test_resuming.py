@@ -76,7 +76,7 @@ def test_what_was_trained_is_not_trained_further(tmp_path, greys, length, monkey
 
 def fine_tune(folder, greys, **options):  # noqa: F811
     arguments = FinetuningArguments(
-        output_dir=str(folder), use_cpu=True, disable_tqdm=True, num_train_epochs=30, seed=1, **options
+        output_dir=str(folder), use_cpu=True, disable_tqdm=True, **({"num_train_epochs": 30, "seed": 1} | options)
     )
     model = ModelArguments(image_processor_name=greys, config_overrides="n_layer=2,n_embd=32,n_head=2")
     return finetune(model, DataArguments(max_train_samples=40, max_eval_samples=50), arguments)
@@ -90,6 +90,28 @@ def test_early_stopping_is_not_undone(tmp_path, greys, monkeypatch):  # noqa: F8
     kill_after_training(tmp_path / "whole", tmp_path / "killed")
     monkeypatch.setattr(ImageGPTTrainer, "training_step", lambda *_, **__: pytest.fail("trained on"))
     assert fine_tune(tmp_path / "killed", greys, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"classifier_inputs": "raw"}, "has --classifier_inputs = sos, this run raw"),
+        ({"objective": "masked"}, "has --objective = causal, this run masked"),
+        ({"generative_loss_weight": 0.5}, "has generative_loss_weight = 1.0, this run 0.5"),
+    ],
+    ids=str,
+)
+def test_another_classifier_is_refused_by_its_flag(tmp_path, greys, changed, message, tuned):  # noqa: F811
+    kill_after_training(tuned, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        fine_tune(tmp_path, greys, **changed)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, greys):  # noqa: F811
+    folder = tmp_path_factory.mktemp("tuned") / "whole"
+    fine_tune(folder, greys, num_train_epochs=1, save_total_limit=None)
+    return folder
 
 
 # -- changed arguments -------------------------------------------------------------------------------------------------

@@ -494,6 +494,7 @@ def test_foreign_and_finished_folders_are_refused(tmp_path, greys):
         ({"seed": 2}, "--seed 1, not 2"),
         ({"images": {"train_val_split": 0.5}}, "--train_val_split None, not 0.5"),
         ({"model": {"config_overrides": "n_layer=1"}}, "n_embd = 32, this run 128"),
+        ({"objective": "masked"}, "has --objective = causal, this run masked"),
     ],
 )
 def test_another_run_does_not_resume(tmp_path, greys, options, message):

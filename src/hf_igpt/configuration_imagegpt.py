@@ -1,5 +1,6 @@
 """`ImageGPTConfig`: transformers' fields and defaults, the paper's presets, and the few keys that are ours."""
 
+import copy
 import dataclasses
 import os
 import reprlib
@@ -27,7 +28,19 @@ NEEDS_HF_IGPT = (
     "This Image GPT needs the package hf_igpt (pip install hf_igpt, then `import hf_igpt`): transformers' own ImageGPT has "
     "no masked objective, no classes and no classifiers that are fed SOS, and would give wrong results."
 )
-_FEATURES = "image-feature-extraction"
+# Tasks of transformers for which a published repository has pipelines of its own: they read images as its processor does.
+_PIPELINES = {
+    "image-classification": {
+        "impl": "pipelines_imagegpt.ImageGPTClassificationPipeline",
+        "pt": ["AutoModelForImageClassification"],
+        "type": "image",
+    },
+    "image-feature-extraction": {
+        "impl": "pipelines_imagegpt.ImageGPTFeatureExtractionPipeline",
+        "pt": ["AutoModel"],
+        "type": "image",
+    },
+}
 _MAX_PARAMETERS = 10**12
 
 Allowed = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and which ones are, in words
@@ -302,14 +315,11 @@ class ImageGPTConfig(PreTrainedConfig):
         if __package__ == "hf_igpt":
             # A published repository's configuration names its own code; here the package's pipelines are registered.
             kwargs.pop("custom_pipelines", None)
-        elif "ImageGPTForImageClassification" not in (self.architectures or []):  # which keeps its own task
-            # Added here and not in config.json, because plain transformers would then refuse a task that it can serve.
-            features = {
-                "impl": "pipelines_imagegpt.ImageGPTFeatureExtractionPipeline",
-                "pt": ["AutoModel"],
-                "type": "image",
-            }
-            kwargs["custom_pipelines"] = {**kwargs.get("custom_pipelines", {}), _FEATURES: features}
+        else:
+            # Added here and not in config.json, because plain transformers would then refuse tasks that it can serve.
+            is_classifier = "ImageGPTForImageClassification" in (self.architectures or [])
+            task = "image-classification" if is_classifier else "image-feature-extraction"  # one, which may go unnamed
+            kwargs["custom_pipelines"] = {**kwargs.get("custom_pipelines", {}), task: copy.deepcopy(_PIPELINES[task])}
         for alias in self.attribute_map.keys() & kwargs.keys():  # so that what follows sees them
             setattr(self, alias, kwargs.pop(alias))
         if self.n_embd % self.n_head:
@@ -345,7 +355,8 @@ class ImageGPTConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        output.get("custom_pipelines", {}).pop(_FEATURES, None)
+        for task in _PIPELINES:
+            output.get("custom_pipelines", {}).pop(task, None)
         if not self.fits_transformers:
             output["reorder_and_upcast_attn"] = NEEDS_HF_IGPT
         return output

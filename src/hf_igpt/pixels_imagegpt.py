@@ -11,6 +11,7 @@ import base64
 import io
 import math
 import os
+import reprlib
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -276,7 +277,14 @@ def _convert_pil_to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert(image.mode.upper())
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
-    image = image.convert("RGBA")
+    try:
+        image = image.convert("RGBA")
+    except (TypeError, ValueError) as error:  # PIL takes bytes for palettes alone, and no more of them than there are colours
+        found = reprlib.repr(image.info["transparency"])
+        raise ValueError(
+            f'An image of mode {image.mode} has no transparency such as {found} ({error}): correct or delete its '
+            '`info["transparency"]`.'
+        ) from error
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
 

@@ -161,12 +161,22 @@ def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict[str, 
             f"The images are not those that {checkpoint} was trained on: files were added, removed or replaced, so that images "
             "held out now may have been trained on, or labels are others. Bring them back, or give another --output_dir."
         )
-    then, now = ImageGPTConfig.from_pretrained(checkpoint).to_diff_dict(), config.to_diff_dict()
-    for name in sorted((then.keys() | now.keys()) - {"architectures", "dtype", "transformers_version"}):
+    then, now = (describe_config(each) for each in (ImageGPTConfig.from_pretrained(checkpoint), config))
+    for name in sorted(then.keys() | now.keys(), key=lambda name: (name != "--objective", name)):  # others follow from it
         if then.get(name) != now.get(name):
             raise ValueError(
                 f"{checkpoint} has {name} = {then.get(name)}, this run {now.get(name)}: give another --output_dir."
             )
+
+
+def describe_config(config: ImageGPTConfig) -> dict[str, Any]:
+    """The fields of a configuration that are not its class's defaults, under the names of flags where there are any."""
+    fields = config.to_diff_dict()
+    follow = ("is_causal", "reorder_and_upcast_attn")
+    for name in ("architectures", "dtype", "transformers_version", "objective", "sos_inputs", *follow):
+        fields.pop(name, None)
+    inputs = "sos" if config.sos_inputs else "raw"
+    return fields | {"--objective": config.objective, "--classifier_inputs": inputs}
 
 
 def check_same_arguments(checkpoint: str, args: RecipeArguments, is_stream: bool) -> None:
