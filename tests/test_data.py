@@ -19,6 +19,7 @@ from hf_igpt.commands.arguments import ClustersArguments, PlanArguments
 from hf_igpt.data import (
     DataArguments,
     ImageTokens,
+    TrainingImages,
     collate_classified,
     collate_tokens,
     digits,
@@ -797,6 +798,19 @@ def test_bad_images_left_out_are_counted_and_named(spoilt, processor, capsys):
     assert "Left out 2 of 41" in said and "broken.png" in said and "empty.jpg" in said
     assert len(drop_unreadable(images)) == 39
     assert sample_pixels(images, 10**6, 8, on_bad_image="skip").shape == (39 * 64, 3)
+
+
+@pytest.mark.parametrize("crops", [False, True])
+def test_bad_images_are_reported_once(spoilt, crops, capsys):
+    """By a run, which reads them for the palette and again for the tokens."""
+    arguments = DataArguments(train_dir=str(spoilt), on_bad_image="skip", image_size=8, random_crop=crops, train_val_split=0.03)
+    images = TrainingImages(arguments, 1, num_colors=4, progress=False)
+    images.training_rows(False), images.rows("validation", False)
+    said = "".join(capsys.readouterr())
+    assert [said.count(name) for name in ("broken.png", "empty.jpg")] == [1, 1]
+    images.fit_palette(4)  # as run_clusters.py, which makes no tokens
+    said = "".join(capsys.readouterr())
+    assert said.count("Left out") == 1
 
 
 def test_only_bad_images(tmp_path, processor):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -97,10 +98,14 @@ def read_images(
         yield images, reasons
 
 
-def report_bad_images(reasons: list[str], n_images: int) -> None:
-    """Print how many of `n_images` images were left out, and why. If none is left, raise ValueError."""
-    listing = "\n  ".join(reasons)
-    tqdm.write(f"Left out {len(reasons)} of {n_images} images that cannot be read:\n  {listing}")
+def report_bad_images(reasons: list[str], n_images: int, tell: bool = True) -> None:
+    """Print, in the main process, how many of `n_images` images were left out, and why. If none is left, raise ValueError.
+
+    tell: False if they will be reported when they are read again.
+    """
+    if tell and PartialState().is_main_process:
+        listing = "\n  ".join(reasons)
+        tqdm.write(f"Left out {len(reasons)} of {n_images} images that cannot be read:\n  {listing}")
     if len(reasons) == n_images:
         raise ValueError(f"None of the {n_images} images can be read; the first: {reasons[0]}")
 

@@ -159,7 +159,7 @@ class TrainingImages:
         if source is None:
             palette = None
             if PartialState().is_main_process:
-                palette, pixels = self.fit_palette(num_colors)
+                palette, pixels = self.fit_palette(num_colors, tell=False)  # tokenising will
                 log_distortion(palette, clusters.distortion(pixels, palette), "the pixels it was fitted to")
             return self.make_processor(broadcast_object_list([palette])[0])
         processor = load_processor(source, self._args, self._hub_source)
@@ -178,22 +178,22 @@ class TrainingImages:
         return _make_processor(palette, self._args)
 
     def fit_palette(
-        self, num_colors: int | None = None, num_pixels: int = PALETTE_PIXELS
+        self, num_colors: int | None = None, num_pixels: int = PALETTE_PIXELS, tell: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
         """Fit a palette to training images; return it (K, 3) and the pixels (n, 3) uint8 that it was fitted to.
 
-        num_colors: None for the default. num_pixels: about how many pixels to sample.
+        num_colors: None for the default. num_pixels: about how many pixels to sample. tell: whether to report unreadable images.
         """
         num_colors = num_colors or (DIGITS_N_COLORS if self._args.is_embedded else N_COLORS)
-        pixels = self.sample_pixels("train", num_pixels)
+        pixels = self.sample_pixels("train", num_pixels, tell)
         tqdm.write(f"Fitting {num_colors} colours to {len(pixels):,} pixels")
         return clusters.fit_palette(pixels, num_colors, self.seed, progress=self.progress), pixels
 
-    def sample_pixels(self, split: str, num_pixels: int = PALETTE_PIXELS) -> np.ndarray:
+    def sample_pixels(self, split: str, num_pixels: int = PALETTE_PIXELS, tell: bool = True) -> np.ndarray:
         """Sample about `num_pixels` pixels (n, 3) uint8, evenly from all images of a split, at the model's image size."""
         args = self._args
         crop = args.center_crop is not False
-        return sample_pixels(self.splits[split], num_pixels, self.image_size, crop, self.seed, args.on_bad_image)
+        return sample_pixels(self.splits[split], num_pixels, self.image_size, crop, self.seed, args.on_bad_image, tell)
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -317,6 +317,7 @@ def sample_pixels(
     center_crop: bool = True,
     seed: int = 0,
     on_bad_image: str = "error",
+    tell: bool = True,
 ) -> np.ndarray:
     """Sample about `n_pixels` pixels (n, 3) uint8 evenly from all images of a dataset from `load_images`, with a seed.
 
@@ -341,6 +342,6 @@ def sample_pixels(
                 pixels = np.asarray(image).reshape(3, -1).T
                 sampled.append(pixels[rng.permutation(len(pixels))[:per_image]])
     if bad:
-        report_bad_images(bad, len(dataset))
+        report_bad_images(bad, len(dataset), tell)
     pixels = np.concatenate(sampled).astype(np.uint8)
     return pixels if len(pixels) <= n_pixels else pixels[rng.permutation(len(pixels))[:n_pixels]]

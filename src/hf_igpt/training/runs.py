@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import datasets
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
@@ -52,7 +54,15 @@ def begin(args: RecipeArguments) -> str | None:
 
     Invalid arguments are a ValueError.
     """
-    checkpoint = find_checkpoint(args)
+    found: list[str | None] = [None, None]  # the checkpoint, or what is wrong
+    if PartialState().is_main_process:  # the others would read all of it too
+        try:
+            found[0] = find_checkpoint(args)
+        except (ValueError, OSError) as error:
+            found[1] = str(error)
+    checkpoint, wrong = broadcast_object_list(found)
+    if wrong is not None:
+        raise ValueError(wrong)
     try:
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()  # fails if its package is not installed
