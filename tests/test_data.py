@@ -803,7 +803,9 @@ def test_bad_images_left_out_are_counted_and_named(spoilt, processor, capsys):
 @pytest.mark.parametrize("crops", [False, True])
 def test_bad_images_are_reported_once(spoilt, crops, capsys):
     """By a run, which reads them for the palette and again for the tokens."""
-    arguments = DataArguments(train_dir=str(spoilt), on_bad_image="skip", image_size=8, random_crop=crops, train_val_split=0.03)
+    arguments = DataArguments(
+        train_dir=str(spoilt), on_bad_image="skip", image_size=8, random_crop=crops, train_val_split=0.03
+    )
     images = TrainingImages(arguments, 1, num_colors=4, progress=False)
     images.training_rows(False), images.rows("validation", False)
     said = "".join(capsys.readouterr())

@@ -671,9 +671,15 @@ KINDS = (ImageGPTModel, ImageGPTForCausalImageModeling, ImageGPTForImageClassifi
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"n_embd": 64}, r"has shape \((96,|.*32)\) in the weights of .*, and \((192,|.*64)\) by the configuration: load them"),
+        (
+            {"n_embd": 64},
+            r"has shape \((96,|.*32)\) in the weights of .*, and \((192,|.*64)\) by the configuration: load them",
+        ),
         ({"vocab_size": 20}, r"has shape \(1[67], 32\) in the weights of .*, and \((19|20), 32\) by the configuration"),
-        ({"n_positions": 25}, r"wpe.weight has shape \(64, 32\) in the weights of .*, and \(25, 32\) by the configuration"),
+        (
+            {"n_positions": 25},
+            r"wpe.weight has shape \(64, 32\) in the weights of .*, and \(25, 32\) by the configuration",
+        ),
         ({"n_layer": 4}, r"lacks (transformer\.)?h\.3\..*, which its configuration requires"),
         ({"n_layer": 2}, r"h\.2\..* is among the weights of .*, but the configuration has n_layer = 2"),
     ],
@@ -703,7 +709,9 @@ def test_new_heads_are_no_disagreement(tmp_path):
         model = kind.from_pretrained(tmp_path / "bare")
         assert torch.equal(model.base_model.wte.weight, saved.wte.weight)
     model.save_pretrained(tmp_path / "labels")
-    with pytest.raises(ValueError, match=r"score.weight has shape \(2, 32\) .* \(5, 32\) .* ignore_mismatched_sizes=True"):
+    with pytest.raises(
+        ValueError, match=r"score.weight has shape \(2, 32\) .* \(5, 32\) .* ignore_mismatched_sizes=True"
+    ):
         ImageGPTForImageClassification.from_pretrained(tmp_path / "labels", num_labels=5)
     options = {"num_labels": 5, "ignore_mismatched_sizes": True}
     model = ImageGPTForImageClassification.from_pretrained(tmp_path / "labels", **options)

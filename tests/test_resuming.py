@@ -1,6 +1,8 @@
 """Runs that are interrupted, changed, doubled or diverging: nothing silently wrong, nothing lost."""
 
+import argparse
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as distributed
 from PIL import Image
 from safetensors.torch import load_file
 from test_training import greys, history, run, weights  # noqa: F401 (a fixture)
@@ -413,6 +416,49 @@ def test_a_sealed_checkpoint_with_forged_states_is_refused_by_file(tmp_path, gre
         assert not list((tmp_path / file).rglob("checkpoint-6"))
 
 
+def test_the_index_of_shards_and_their_objects_run_nothing(tmp_path):
+    """PyTorch unpickles both, the index and objects between the tensors."""
+    state = {"weight": torch.zeros(3, dtype=torch.bfloat16), "group": {"lr": 0.1, "betas": (0.9, 0.95), "name": "x"}}
+    distributed.save(state, checkpoint_id=tmp_path / "model")
+    wanted = {"weight": torch.ones(3, dtype=torch.bfloat16), "group": {"lr": 0, "betas": (0, 0), "name": ""}}
+    with checkpoints.refusing_states(str(tmp_path), "model"):
+        distributed.load(wanted, checkpoint_id=tmp_path / "model")
+    assert wanted["group"] == state["group"] and torch.equal(wanted["weight"], state["weight"])
+    assert checkpoints.WEIGHTS_ALONE not in os.environ
+    distributed.save({"group": Code()}, checkpoint_id=tmp_path / "model")
+    with (
+        pytest.raises(ValueError, match=r"model does not hold the state of this training \(CheckpointException"),
+        checkpoints.refusing_states(str(tmp_path), "model"),
+    ):
+        distributed.load({"group": None}, checkpoint_id=tmp_path / "model")
+    for protocol in range(6):
+        (tmp_path / "model" / ".metadata").write_bytes(pickle.dumps(Code(), protocol))
+        with pytest.raises(ValueError, match=r"names \S+, which is no part of an index"):
+            checkpoints.check_index(tmp_path / "model" / ".metadata")
+    # The name is pushed first, and something else is pushed and popped in between.
+    for trick in (
+        b"\x8c\x02os\x8c\x06systemN0\x93.",
+        b"\x8c\x02os\x94\x8c\x06system\x94N0h\x00h\x01\x93.",
+        b"\x82\x01.",
+    ):
+        (tmp_path / "model" / ".metadata").write_bytes(b"\x80\x04" + trick)
+        with pytest.raises(ValueError, match="which is no part of an index"):
+            checkpoints.check_index(tmp_path / "model" / ".metadata")
+
+
+def test_one_process_looks_for_the_checkpoint(tmp_path, monkeypatch):
+    """The others are told what it found, or what was wrong."""
+    monkeypatch.setattr(runs, "find_checkpoint", lambda args: pytest.fail("another process has done it"))
+    monkeypatch.setattr(runs, "PartialState", lambda: argparse.Namespace(is_main_process=False))
+    arguments = FinetuningArguments(str(tmp_path), use_cpu=True)
+    for told in (["checkpoint-4", None], [None, None]):
+        monkeypatch.setattr(runs, "broadcast_object_list", lambda found, told=told: told)
+        assert runs.begin(arguments) == told[0]
+    monkeypatch.setattr(runs, "broadcast_object_list", lambda found: [None, "it is damaged"])
+    with pytest.raises(ValueError, match="it is damaged"):
+        runs.begin(arguments)
+
+
 def test_a_damaged_best_checkpoint_is_made_again(tmp_path, greys, interrupted):  # noqa: F811
     options = {"max_steps": 6, "images": IMAGES} | SAVING
     state = json.loads((interrupted / "checkpoint-6" / "trainer_state.json").read_text())
@@ -438,6 +484,7 @@ def test_files_of_no_concern_do_not_block_a_run(tmp_path, greys):  # noqa: F811
 
 
 # -- averaged weights --------------------------------------------------------------------------------------------------
+
 
 class Steps(TrainerCallback):
     """Keeps a copy of the weights at the beginning and after each step."""

@@ -121,8 +121,12 @@ def place(tmp_path_factory):
     (folder / "said").write_text(said)
     for name in ("fsdp", "ddp", "averaged fsdp"):
         interrupt(folder / name, AT, folder / f"{name} resumed")
-    averaged = run(folder, "averaged fsdp resumed", fsdp | FLOAT32, ema_decay=0.6)
-    launch(folder, 1, [["pretrain", run(folder, "fsdp resumed", fsdp | FLOAT32)], ["pretrain", averaged]])
+    for name in ("fsdp", "averaged fsdp"):
+        interrupt(folder / name, STEPS, folder / f"{name} ended")
+    jobs = [["pretrain", run(folder, name, fsdp | FLOAT32)] for name in ("fsdp resumed", "fsdp ended")]
+    for name in ("averaged fsdp resumed", "averaged fsdp ended"):
+        jobs.append(["pretrain", run(folder, name, fsdp | FLOAT32, ema_decay=0.6)])
+    launch(folder, 1, jobs)
     return folder
 
 
@@ -192,7 +196,7 @@ def test_runs_are_one(place, one, name):
 def test_averages_of_weights_are_one(place):
     """Evaluated and saved as with one process: replicated, in shards, and after resuming shards with one process."""
     pretrain(**run(place, "averaged", ema_decay=0.6))
-    for name in ("averaged ddp", "averaged fsdp", "averaged fsdp resumed"):
+    for name in ("averaged ddp", "averaged fsdp", "averaged fsdp resumed", "averaged fsdp ended"):
         assert losses(place / name) == pytest.approx(losses(place / "averaged"), rel=1e-5)
         assert largest_difference(place / "averaged", place / name) <= 1e-5
         found, expected = (read_records(place / each / "records.json")[0].value for each in (name, "averaged"))
@@ -224,6 +228,15 @@ def test_what_a_sharded_run_leaves_behind(place):
         assert AutoModelForCausalLM.from_pretrained(whole).generate().shape == (1, 65)
     assert "No samples are drawn during training" in (place / "said").read_text()
     assert not (folder / "samples").exists()
+
+
+def test_a_sharded_run_that_had_ended_is_not_trained_further(place):
+    """It was killed after its last checkpoint: what is left is to load the best model and to measure."""
+    records = [read_records(place / name / "records.json") for name in ("fsdp", "fsdp ended")]
+    for one, other in zip(*records, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-6) and one.images_seen == other.images_seen
+    assert largest_difference(place / "fsdp", place / "fsdp ended") == 0
+    assert losses(place / "fsdp") == losses(place / "fsdp ended")
 
 
 def test_bfloat16_shards_train(place, one):

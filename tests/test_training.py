@@ -430,7 +430,10 @@ def test_fit_clusters(tmp_path, palette, capsys):
         ({"batch_eval_metrics": True}, "--batch_eval_metrics is not supported"),
         ({"include_for_metrics": ["inputs"]}, "--include_for_metrics is not supported"),
         ({"auto_find_batch_size": True}, "--auto_find_batch_size is not supported: the batch is part of the recipe"),
-        ({"ignore_data_skip": True}, "--ignore_data_skip is not supported: a run that is resumed would see other images"),
+        (
+            {"ignore_data_skip": True},
+            "--ignore_data_skip is not supported: a run that is resumed would see other images",
+        ),
         ({"enable_jit_checkpoint": True}, "--enable_jit_checkpoint is not supported: a run that it ends"),
         ({"parallelism_config": "x"}, "--parallelism_config is not supported: there is no plan"),
         ({"debug": "tpu_metrics_debug"}, "tpu_metrics_debug needs a TPU"),

@@ -211,12 +211,13 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
         options = kwargs if trusted else kwargs | {"ignore_mismatched_sizes": True}  # they are refused below, by name
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         try:
-            model, loading = super().from_pretrained(*args, **options, output_loading_info=True)
+            loaded: Any = super().from_pretrained(*args, **options, output_loading_info=True)
         except Exception as error:
             if type(error).__name__ not in ("SafetensorError", "UnpicklingError"):
                 raise
             said = str(error).partition("\n")[0]
             raise ValueError(f"The weights of {source} are damaged or cut short: {said}") from error
+        model, loading = loaded
         if not trusted:
             told = {"missing_keys": (), "unexpected_keys": ()} if wants_loading_info else {}
             check_loading(model, str(source), loading | told)
@@ -225,7 +226,7 @@ class ImageGPTPreTrainedModel(PreTrainedModel):
                 raise ValueError(
                     f"The weights hold biases ({name}), which use_bias=False would leave out: load them with use_bias=True."
                 )
-        return (model, loading) if wants_loading_info else model
+        return loaded if wants_loading_info else model
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """Resize the embeddings of a model without a colour head, as transformers does.

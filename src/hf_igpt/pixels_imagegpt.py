@@ -279,10 +279,13 @@ def _convert_pil_to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     try:
         image = image.convert("RGBA")
-    except (TypeError, ValueError) as error:  # PIL takes bytes for palettes alone, and no more of them than there are colours
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # PIL takes bytes for palettes alone, and no more of them than there are colours
         found = reprlib.repr(image.info["transparency"])
         raise ValueError(
-            f'An image of mode {image.mode} has no transparency such as {found} ({error}): correct or delete its '
+            f"An image of mode {image.mode} has no transparency such as {found} ({error}): correct or delete its "
             '`info["transparency"]`.'
         ) from error
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))

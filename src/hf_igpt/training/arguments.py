@@ -373,7 +373,6 @@ class RecipeArguments(TrainingArguments):
             "seed": self.seed,
         }
 
-
     def describe_optimizer(self) -> str:
         """The optimiser in words: "AdamW, betas 0.9 and 0.95, weight decay 0"."""
         from transformers import Trainer  # as in `_check_optimizer`

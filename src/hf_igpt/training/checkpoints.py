@@ -6,6 +6,8 @@ neither is ever continued. Old checkpoints are deleted only once a newer one is 
 
 import hashlib
 import json
+import os
+import pickletools
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -23,6 +27,19 @@ from ..evaluation.records import whole_file
 
 SEAL = "checksums.json"  # in a checkpoint: the SHA-256 of each of its files
 CHUNK = 2**24  # bytes
+WEIGHTS_ALONE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # an environment variable of PyTorch
+METADATA = ("BytesStorage", "ChunkStorage", "TensorStorage", "")
+# What an index of shards consists of, besides types of numbers.
+OF_INDEXES = {
+    *(f"torch.distributed.checkpoint.metadata.{kind}Metadata" for kind in METADATA),
+    *(f"torch.distributed.checkpoint.metadata.{kind}" for kind in ("MetadataIndex", "StorageMeta", "TensorProperties")),
+    *(
+        "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+    ),
+    *("torch.Size", "torch.serialization._get_layout", "collections.OrderedDict"),
+    *(f"pathlib{where}.{kind}Path" for where in ("", "._local") for kind in ("Posix", "Windows")),
+}
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -85,17 +102,55 @@ def find_damage(checkpoint: Path) -> str | None:
 def refusing_states(checkpoint: str | None, *patterns: str) -> Iterator[None]:
     """Within it, what is saved in the files of a checkpoint that fit `patterns` is loaded: an error becomes a ValueError.
 
-    A seal says that files are those that were written, not that this training wrote them.
+    A seal says that files are those that were written, not that this training wrote them. No code of theirs is run: shards,
+    which PyTorch would unpickle, are read as weights alone, and their index is looked at first.
     """
+    forced = os.environ.get(WEIGHTS_ALONE)
+    os.environ[WEIGHTS_ALONE] = "1"
     try:
+        for index in Path(str(checkpoint)).rglob(".metadata") if checkpoint is not None else ():
+            check_index(index)
         yield
-    except Exception as error:  # of any type: a file may hold anything, and nothing of it is run
+    except (Exception, CheckpointException) as error:  # of any type: a file may hold anything
         files = [str(file) for pattern in patterns for file in sorted(Path(str(checkpoint)).glob(pattern))]
         said = str(error).partition("\n")[0]
         raise ValueError(
             f"{' or '.join(files)} does not hold the state of this training ({type(error).__name__}: {said}): continue from "
             "another checkpoint, or give another --output_dir."
         ) from error
+    finally:
+        if forced is None:
+            del os.environ[WEIGHTS_ALONE]
+        else:
+            os.environ[WEIGHTS_ALONE] = forced
+
+
+def check_index(file: Path) -> None:
+    """ValueError unless the index of shards, a pickle, is made of nothing but what `torch.distributed.checkpoint` writes.
+
+    Names are read without unpickling. Each is a constant, or two strings pushed right before it is looked up.
+    """
+    pushed: list[str | None] = []  # strings, in a row; None: something else
+    memo: dict[int, str | None] = {}
+    value: Any
+    for operation, value, _ in pickletools.genops(file.read_bytes()):
+        name = None
+        if operation.name == "MEMOIZE" or "PUT" in operation.name:
+            memo[len(memo) if operation.name == "MEMOIZE" else int(value)] = pushed[-1] if pushed else None
+        elif "GET" in operation.name:
+            pushed.append(memo.get(int(value)))
+        elif "UNICODE" in operation.name:
+            pushed.append(str(value))
+        else:
+            if operation.name == "STACK_GLOBAL":
+                name = ".".join(map(str, pushed[-2:]))
+            elif operation.name in ("GLOBAL", "INST"):
+                name = str(value).replace(" ", ".")
+            elif "EXT" in operation.name:
+                name = operation.name
+            pushed = []
+        if name is not None and name not in OF_INDEXES and not isinstance(getattr(torch, name[6:], None), torch.dtype):
+            raise ValueError(f"{file} names {name}, which is no part of an index")
 
 
 def read_state(checkpoint: Path) -> TrainerState:

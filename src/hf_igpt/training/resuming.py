@@ -3,12 +3,14 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from transformers import TrainerCallback
 
 from ..configuration_imagegpt import ImageGPTConfig
 from ..data import TrainingImages
@@ -162,7 +164,9 @@ def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict[str, 
             "held out now may have been trained on, or labels are others. Bring them back, or give another --output_dir."
         )
     then, now = (describe_config(each) for each in (ImageGPTConfig.from_pretrained(checkpoint), config))
-    for name in sorted(then.keys() | now.keys(), key=lambda name: (name != "--objective", name)):  # others follow from it
+    for name in sorted(
+        then.keys() | now.keys(), key=lambda name: (name != "--objective", name)
+    ):  # others follow from it
         if then.get(name) != now.get(name):
             raise ValueError(
                 f"{checkpoint} has {name} = {then.get(name)}, this run {now.get(name)}: give another --output_dir."
@@ -251,7 +255,7 @@ def is_finished(checkpoint: str, trainer: ImageGPTTrainer) -> bool:
     A checkpoint that is past the end of another run, or that cannot be continued exactly, is a ValueError.
     """
     args: Any = trainer.args
-    state = read_state(Path(checkpoint))
+    state: Any = read_state(Path(checkpoint))
     total = args.max_steps
     if total <= 0:
         total = math.ceil(args.num_train_epochs * args.steps_per_epoch(len(trainer.train_dataset)))
@@ -285,3 +289,27 @@ def load_finished(trainer: ImageGPTTrainer, checkpoint: str) -> None:
     trainer.model.load_state_dict(weights)
     if trainer.clock:
         trainer.clock.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+class LoadedShards(Exception):
+    """Training has loaded everything and would now begin."""
+
+
+class LeaveBeforeTraining(TrainerCallback):
+    """Raises `LoadedShards` when all others are ready to train."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        raise LoadedShards
+
+
+def load_finished_shards(trainer: ImageGPTTrainer, checkpoint: str) -> None:
+    """As `load_finished`, for a run whose weights are shared out: `train` alone loads these, and is left before its first step."""
+    leave = LeaveBeforeTraining()
+    trainer.add_callback(leave)
+    with suppress(LoadedShards):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.remove_callback(leave)
+    trainer.is_in_train = False
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        trainer._load_best_model()
+    trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)

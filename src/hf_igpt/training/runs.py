@@ -41,6 +41,7 @@ from .resuming import (
     find_checkpoint,
     is_finished,
     load_finished,
+    load_finished_shards,
     own_folder,
 )
 from .trainer import ImageGPTTrainer
@@ -379,12 +380,9 @@ def log_plan(trainer: ImageGPTTrainer, images: TrainingImages, held_out: str) ->
 def train(trainer: ImageGPTTrainer, checkpoint: str | None) -> None:
     """Train, and save the model and the log. `finish` pushes them, because a push needs the records."""
     ended = checkpoint is not None and is_finished(checkpoint, trainer)
-    if ended and trainer.is_sharded:
-        log_main(f"Training had ended with {checkpoint}. Its shards are loaded by training alone, for one more step.")
-        trainer.train(resume_from_checkpoint=checkpoint)
-    elif ended and checkpoint is not None:
+    if ended and checkpoint is not None:
         log_main(f"Training had ended with {checkpoint}: what is left is to measure.")
-        load_finished(trainer, checkpoint)
+        (load_finished_shards if trainer.is_sharded else load_finished)(trainer, checkpoint)
     else:
         if checkpoint is not None:
             log_main(f"Resuming from {checkpoint}")
