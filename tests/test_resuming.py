@@ -20,7 +20,8 @@ from test_training import greys, history, run, weights  # noqa: F401 (a fixture)
 from transformers import TrainerCallback, TrainerState
 
 from hf_igpt.commands.finetune import finetune
-from hf_igpt.data import DataArguments
+from hf_igpt.data import DataArguments, load_images, load_labelled_images
+from hf_igpt.evaluation.held_out import find_split_seed, select_held_out
 from hf_igpt.evaluation.records import read_records
 from hf_igpt.training import checkpoints, resuming, runs
 from hf_igpt.training.arguments import FinetuningArguments, ModelArguments
@@ -115,6 +116,26 @@ def tuned(tmp_path_factory, greys):  # noqa: F811
     folder = tmp_path_factory.mktemp("tuned") / "whole"
     fine_tune(folder, greys, num_train_epochs=1, save_total_limit=None)
     return folder
+
+
+def test_checkpoints_know_which_images_were_held_out(tmp_path, greys, capsys):  # noqa: F811
+    """Before there are records, and in the folders of checkpoints, by the run's own file."""
+    run(tmp_path / "run", greys, max_steps=6, images={"max_train_samples": 40}, **SAVING | {"seed": 7})
+    (tmp_path / "run" / "records.json").unlink()
+    expected = load_images(DataArguments(), seed=7)["validation"]["image"][:5]
+    for place in ("run", "run/checkpoint-2"):
+        cells, seed = select_held_out(str(tmp_path / place), DataArguments(), 5)
+        assert seed == 7 and cells == expected
+        assert find_split_seed(str(tmp_path / place), DataArguments(), 42) == 7
+        with pytest.raises(ValueError, match="the default --train_val_split, not 0.5"):
+            find_split_seed(str(tmp_path / place), DataArguments(train_val_split=0.5), 42)
+    model = {"model_name_or_path": str(tmp_path / "run" / "checkpoint-2")}
+    tuned = FinetuningArguments(str(tmp_path / "tuned"), use_cpu=True, disable_tqdm=True, num_train_epochs=1, seed=3)
+    finetune(ModelArguments(**model), DataArguments(max_train_samples=40), tuned)
+    (tmp_path / "tuned" / "records.json").unlink()
+    (checkpoint,) = (tmp_path / "tuned").glob("checkpoint-*")
+    cells, seed = select_held_out(str(checkpoint), DataArguments(), 5)
+    assert seed == 7 and cells == load_labelled_images(DataArguments(), seed=7)["test"]["image"][:5]
 
 
 # -- changed arguments -------------------------------------------------------------------------------------------------
