@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as distributed
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
 from test_training import greys, history, run, weights  # noqa: F401 (a fixture)
@@ -223,6 +225,38 @@ def test_other_images_are_refused(tmp_path, greys, change):  # noqa: F811
         (tmp_path / "photos" / "7.png").write_bytes((tmp_path / "photos" / "8.png").read_bytes() + b" ")
     with pytest.raises(ValueError, match="files were added, removed or replaced"):
         run(tmp_path / "killed", greys, **options)
+
+
+@pytest.mark.parametrize("kind", ["bmp", "parquet"])
+def test_other_images_of_the_same_names_and_sizes_are_refused(tmp_path, greys, kind):  # noqa: F811
+    """Two that swap their names swap their splits too."""
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    photos = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(40)]
+
+    def write():
+        for i, photo in enumerate(photos):
+            photo.save(tmp_path / "photos" / f"{i:02}.bmp")
+        if kind == "parquet":
+            files = [str(tmp_path / "photos" / f"{i:02}.bmp") for i in range(40)]
+            rows = Dataset.from_dict({"image": files}).cast_column("image", ImageFeature())
+            rows.to_parquet(tmp_path / "photos.parquet")
+
+    write()
+    source = tmp_path / ("photos" if kind == "bmp" else "photos.parquet")
+    options = {"max_steps": 6, "images": {"train_dir": str(source), "train_val_split": 0.3, "image_size": 8}} | SAVING
+    run(tmp_path / "whole", greys, **options)
+    for name in ("same", "swapped"):
+        (tmp_path / name).mkdir()
+        kill_after_training(tmp_path / "whole", tmp_path / name, step=2)
+    write()  # the same again, but at another time
+    assert run(tmp_path / "same", greys, **options) == read_records(tmp_path / "whole" / "records.json")
+    photos.reverse()
+    write()
+    with pytest.raises(
+        ValueError, match=r"The images \(validation and train\) are not those .* trained on: what they show"
+    ):
+        run(tmp_path / "swapped", greys, **options)
 
 
 # -- two runs in one folder --------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     args.resolve(size, model.config.objective, math.sqrt(model.config.n_positions), len(train), rate)
     if checkpoint:
         resuming.check_same_arguments(checkpoint, args, images.is_stream)
+        resuming.check_same_tokens(checkpoint, images)
     runs.write_run(args, model_args, images, model, len(train), checkpoint)
     if args.should_save:
         save_picture(plots.palette_picture(processor.palette), folder / "palette.png")

@@ -72,6 +72,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     args.resolve(args.size, model.config.objective, math.sqrt(model.config.n_positions), n_images)
     if checkpoint:
         resuming.check_same_arguments(checkpoint, args, images.is_stream)
+        resuming.check_same_tokens(checkpoint, images)
     runs.write_run(args, model_args, images, model, n_images, checkpoint)
     reference = measure_counting_baselines(images, masked) if args.should_log else {}
     if args.should_save:

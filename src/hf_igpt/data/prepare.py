@@ -35,6 +35,7 @@ from .tokens import (
     ImageTokens,
     drop_unreadable,
     fingerprint_images,
+    hash_tokens,
     repeat_stream,
     stream_tokens,
     tokenize,
@@ -207,6 +208,10 @@ class TrainingImages:
                 images = self.splits[split]
                 self._tokens[split] = tokenize(images, processor, bad, workers, desc=f"Tokenising {what} images")
         return self._tokens[split]
+
+    def hash_tokens(self) -> dict[str, str]:
+        """The hash of each split that has been tokenised, by its name."""
+        return {split: hash_tokens(tokens) for split, tokens in self._tokens.items()}
 
     @property
     def has_training_tokens(self) -> bool:

@@ -5,6 +5,7 @@ image is cropped and tokenised every time it is read.
 """
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
@@ -153,6 +154,16 @@ def _describe_files(dataset: datasets.Dataset) -> str:
 def token_array(dataset: datasets.Dataset) -> np.ndarray:
     """Return all tokens of a tokenised dataset as one array (n, N) of uint16."""
     return np.asarray(dataset.with_format("numpy", columns=[TOKENS], dtype=np.uint16)[:][TOKENS])
+
+
+def hash_tokens(dataset: datasets.Dataset) -> str:
+    """The SHA-256 of all tokens of a tokenised dataset, and of its labels."""
+    digest = hashlib.sha256()
+    for start in range(0, len(dataset), SHUFFLE_BUFFER):
+        digest.update(token_array(dataset.select(range(start, min(start + SHUFFLE_BUFFER, len(dataset))))).tobytes())
+    if LABEL in dataset.column_names:
+        digest.update(np.asarray(dataset[LABEL], np.int64).tobytes())
+    return digest.hexdigest()
 
 
 class ImageTokens(torch.utils.data.Dataset[Row]):

@@ -173,6 +173,18 @@ def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict[str, 
             )
 
 
+def check_same_tokens(checkpoint: str, images: TrainingImages) -> None:
+    """ValueError if tokens are not those that a checkpoint was trained on, as after files were replaced by others of their size."""
+    was = read_run(Path(checkpoint).parent).get("tokens")
+    was = was if isinstance(was, dict) else {}  # of a run that an older version began
+    changed = [split for split, found in images.hash_tokens().items() if was.get(split, found) != found]
+    if changed:
+        raise ValueError(
+            f"The images ({' and '.join(changed)}) are not those that {checkpoint} was trained on: what they show, or how it is "
+            "read, has changed. Bring them back, or give another --output_dir."
+        )
+
+
 def describe_config(config: ImageGPTConfig) -> dict[str, Any]:
     """The fields of a configuration that are not its class's defaults, under the names of flags where there are any."""
     fields = config.to_diff_dict()

@@ -1,7 +1,7 @@
 """The stages of a run: begin or resume it, build its model, train, and finish. `run.json` is the first file that a run writes.
 
 `run.json` holds `recipe` (a description of how the model is made, for its card), `identity` (arguments that must not change when
-the run resumes), `train_val_split` and `split_seed`, by which images are held out, and `arguments` (the resolved arguments of training). A folder that is not empty and has no
+the run resumes), `train_val_split` and `split_seed`, by which images are held out, `tokens` (the hash of each split's), and `arguments` (the resolved arguments of training). A folder that is not empty and has no
 `run.json` was not written by this package.
 """
 
@@ -99,6 +99,7 @@ def write_run(
         "identity": collect_identity(model_args, images, args),
         "train_val_split": images.identity()["train_val_split"],
         "split_seed": images.split_seed,
+        "tokens": images.hash_tokens(),
         "recipe": describe_recipe(args, model_args, images, model, n_images),
         "arguments": arguments_of(args),
     }
