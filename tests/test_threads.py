@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import randomized, small_config
+from PIL import Image
 
 from hf_igpt import ImageGPTForMaskedImageModeling, ImageGPTImageProcessorPil
 from hf_igpt.evaluation.metrics import measure_surprise
 from hf_igpt.features_imagegpt import evaluation_mode, extract
 from hf_igpt.generation_imagegpt import fill_in, sample
+from hf_igpt.pipelines_imagegpt import ImageGPTFeatureExtractionPipeline
 
 
 N_THREADS = 6
@@ -56,6 +58,30 @@ def test_seeded_drawing(model, palette):
     for one, other in zip(in_threads(draw, range(N_THREADS)), expected, strict=True):
         assert torch.equal(one, other)
     assert model.training and torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_lists_of_images_in_pipelines_do_not_disturb_drawing(model, palette):
+    """Their loaders draw a seed from the random state from which another thread draws images."""
+    processor = ImageGPTImageProcessorPil(clusters=palette[:16], size=8)
+    extractor = ImageGPTFeatureExtractionPipeline(model=model.transformer, image_processor=processor)
+    images = [Image.new("RGB", (8, 8), (40 * n, 90, 7)) for n in range(3)]
+
+    def call(seed):
+        if seed % 2:
+            for _ in range(20):
+                found = torch.tensor(extractor(images, layer=1, pool=True))
+            return found
+        return sample(model, processor, 2, seed=seed, progress=False, return_tokens=True)
+
+    expected = [call(seed) for seed in range(N_THREADS)]
+    for one, other in zip(in_threads(call, range(N_THREADS)), expected, strict=True):
+        assert torch.allclose(one, other)
+    torch.manual_seed(0)
+    extractor(images)
+    after = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    torch.empty((), dtype=torch.int64).random_()  # as a loader without a generator
+    assert torch.equal(torch.random.get_rng_state(), after)
 
 
 def test_surprise_and_hidden_pixels(model, batches):

@@ -508,6 +508,12 @@ def _check_sampling(temperature: float, top_k: int, top_p: float) -> None:
 _DRAWING = threading.RLock()  # one thread draws at a time: `generate` draws from torch's random state, which all share
 
 
+def draw_seed() -> int:
+    """Draw an integer from torch's random state as a `DataLoader` does, but not while another thread draws images."""
+    with _DRAWING:
+        return int(torch.empty((), dtype=torch.int64).random_())
+
+
 @contextmanager
 def _neutral_defaults(model: ImageGPTForCausalImageModeling) -> Iterator[None]:
     """Within it `generate` takes nothing from the checkpoint's generation_config.json, which may truncate or search."""

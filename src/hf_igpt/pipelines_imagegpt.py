@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BatchFeature, ImageClassificationPipeline, ImageFeatureExtractionPipeline, Pipeline
 
 from .features_imagegpt import check_layers, features_of_tokens
-from .generation_imagegpt import MaskSource, complete, find_hidden, inpaint_tokens, read_rows
+from .generation_imagegpt import MaskSource, complete, draw_seed, find_hidden, inpaint_tokens, read_rows
 from .image_processing_imagegpt import AnyImageProcessor
 from .modeling_imagegpt import ImageGPTForCausalImageModeling
 from .pixels_imagegpt import AnyImage, ImageSource, size_of
@@ -31,6 +31,15 @@ def _tokenize(pipe: Pipeline, source: ImageSource, timeout: float | None, **opti
     if len(features["input_ids"]) != 1:
         raise ValueError(f"A pipeline reads one image, or a list of images; found {len(features['input_ids'])} in one.")
     return features
+
+
+def _seed_apart(iterator: Any) -> Any:
+    """Let the `DataLoader` within a pipeline's iterator draw its seed now, rather than while another thread draws images."""
+    loader = iterator
+    while not isinstance(loader, torch.utils.data.DataLoader):
+        loader = loader.loader
+    loader.generator = torch.Generator().manual_seed(draw_seed())
+    return iterator
 
 
 class ImageCompletionPipeline(Pipeline):
@@ -84,6 +93,10 @@ class ImageCompletionPipeline(Pipeline):
             raise ValueError(f"With a mask there is no option {', '.join(sorted(unknown))}: these are for completions.")
         preprocess = {"timeout": timeout, "mask": mask}
         return {name: value for name, value in preprocess.items() if value is not None}, forward, {}
+
+    def get_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', for lists of images."""
+        return _seed_apart(super().get_iterator(*args, **kwargs))
 
     def preprocess(
         self, image: ImageSource, timeout: float | None = None, mask: MaskSource | None = None
@@ -139,6 +152,10 @@ class ImageCompletionPipeline(Pipeline):
 class ImageGPTClassificationPipeline(ImageClassificationPipeline):
     """`pipeline("image-classification")` that reads images as Image GPTs' processors do; nothing changes for other models."""
 
+    def get_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', for lists of images."""
+        return _seed_apart(super().get_iterator(*args, **kwargs))
+
     def preprocess(self, image: ImageSource, timeout: float | None = None) -> Any:
         """Turn one image into the model's inputs. timeout: in seconds, for downloads."""
         if self.model.config.model_type == "imagegpt" and _is_ours(self.image_processor):
@@ -159,6 +176,10 @@ class ImageGPTFeatureExtractionPipeline(ImageFeatureExtractionPipeline):
     def _reads_tokens(self) -> bool:
         """Whether the model is an Image GPT with this code."""
         return self.model.config.model_type == "imagegpt" and _is_ours(self.model)
+
+    def get_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', for lists of images."""
+        return _seed_apart(super().get_iterator(*args, **kwargs))
 
     def preprocess(self, image: ImageSource, timeout: float | None = None, **options: Any) -> Any:
         """Turn one image into the model's inputs. timeout: in seconds, for downloads; options: the processor's."""
