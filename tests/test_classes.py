@@ -44,6 +44,7 @@ from hf_igpt.data import (
     stream_tokens,
     tokenize,
 )
+from hf_igpt.evaluation.held_out import find_split
 from hf_igpt.evaluation.metrics import measure_class_likelihoods, measure_surprise
 from hf_igpt.evaluation.records import describe_model
 from hf_igpt.features_imagegpt import features_of_tokens
@@ -531,9 +532,14 @@ def test_runs_with_classes_resume(tmp_path):
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
     (tmp_path / "resumed" / "records.json").unlink()
-    for changed in ({"class_dropout": 0.2}, {"class_conditional": False}):
-        with pytest.raises(ValueError, match="was trained with|has "):
+    for changed, said in (
+        ({"class_dropout": 0.2}, "was trained with --class_dropout 0.1, not 0.2"),
+        ({"class_conditional": False}, "has --class_conditional = True, this run False"),
+    ):
+        with pytest.raises(ValueError, match=said):
             run(tmp_path / "resumed", **options | changed)
+    split = find_split(tmp_path / "resumed" / "checkpoint-6")
+    assert split is not None and not split.is_labelled  # its held-out images are those of pretraining
 
 
 def test_other_labels_are_other_images(tmp_path):

@@ -98,6 +98,7 @@ def place(tmp_path_factory):
     fitting = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
     fitting["model"] = {"num_colors": 4, "config_overrides": SMALL}
     fsdp, ddp = (launch_settings(CONFIGS / name) for name in ("fsdp2_8gpu.yaml", "ddp_8gpu.yaml"))
+    unsaved = {"ema_decay": 0.6, "eval_steps": 1, "save_strategy": "no"}
     said = launch(
         folder,
         2,
@@ -108,6 +109,7 @@ def place(tmp_path_factory):
             ["pretrain", run(folder, "fsdp", fsdp | FLOAT32, num_samples=2, milestones="0.5")],
             ["pretrain", run(folder, "checkpoints of bf16", fsdp, max_steps=2, save_steps=2, eval_steps=2)],
             ["pretrain", run(folder, "averaged ddp", ddp | FLOAT32, ema_decay=0.6)],
+            ["pretrain", run(folder, "averaged unsaved", fsdp | FLOAT32, **unsaved)],
             ["pretrain", run(folder, "averaged fsdp", fsdp | FLOAT32, ema_decay=0.6, milestones="0.5")],
             ["pretrain", run(folder, "palette", ddp | FLOAT32, **fitting)],
             ["pretrain", run(folder, "epochs", ddp | FLOAT32, **EPOCHS)],
@@ -201,6 +203,7 @@ def test_averages_of_weights_are_one(place):
         assert largest_difference(place / "averaged", place / name) <= 1e-5
         found, expected = (read_records(place / each / "records.json")[0].value for each in (name, "averaged"))
         assert found == pytest.approx(expected, rel=1e-5)
+    assert losses(place / "averaged unsaved") == pytest.approx(losses(place / "averaged"), rel=1e-5)
     milestone = place / "averaged fsdp" / "milestones" / f"step-{AT:07d}"
     assert largest_difference(place / "averaged" / f"checkpoint-{AT}", milestone) <= 1e-5
 

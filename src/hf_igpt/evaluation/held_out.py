@@ -36,7 +36,7 @@ def find_split(model_name: str | Path) -> TrainingSplit | None:
         return TrainingSplit(record.dataset, seed, record.started_from is not None, record.n)
     run = read_run(model_name)
     recipe, seed = run.get("recipe", {}), run.get("split_seed")
-    return TrainingSplit(recipe.get("data"), seed, "classes" in recipe) if isinstance(seed, int) else None
+    return TrainingSplit(recipe.get("data"), seed, "loss" in recipe) if isinstance(seed, int) else None
 
 
 def find_split_seed(model_name: str, data_args: DataArguments, seed: int) -> int:

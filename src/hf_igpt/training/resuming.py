@@ -164,9 +164,8 @@ def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict[str, 
             "held out now may have been trained on, or labels are others. Bring them back, or give another --output_dir."
         )
     then, now = (describe_config(each) for each in (ImageGPTConfig.from_pretrained(checkpoint), config))
-    for name in sorted(
-        then.keys() | now.keys(), key=lambda name: (name != "--objective", name)
-    ):  # others follow from it
+    first = ("--class_conditional", "--objective")  # others follow from these
+    for name in sorted(then.keys() | now.keys(), key=lambda name: (name not in first, name)):
         if then.get(name) != now.get(name):
             raise ValueError(
                 f"{checkpoint} has {name} = {then.get(name)}, this run {now.get(name)}: give another --output_dir."
@@ -192,7 +191,8 @@ def describe_config(config: ImageGPTConfig) -> dict[str, Any]:
     for name in ("architectures", "dtype", "transformers_version", "objective", "sos_inputs", *follow):
         fields.pop(name, None)
     inputs = "sos" if config.sos_inputs else "raw"
-    return fields | {"--objective": config.objective, "--classifier_inputs": inputs}
+    flags = {"--objective": config.objective, "--classifier_inputs": inputs}
+    return fields | flags | {"--class_conditional": config.n_class_tokens > 0}
 
 
 def check_same_arguments(checkpoint: str, args: RecipeArguments, is_stream: bool) -> None:
