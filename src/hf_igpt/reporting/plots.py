@@ -453,12 +453,10 @@ def attention_maps(image: Image.Image, shares: np.ndarray, pixel: tuple[int, int
             [block * step + step - (height + 1) / 2 for block in range(n_layer)],
             [f"block {block}" for block in range(n_layer)],
         )
-        title = f"What is looked at when row {row}, column {column} (outlined) is predicted"
-        scale = (
-            "Bright: much attention. Each map goes from 0 to its max, in percent of what the head gives to all pixels"
-        )
-        later = " and SOS. Grey: not seen, since it comes later." if has_sos else "."
-        figure.suptitle(f"{title}\n{scale}{later}", fontsize=8)
+        lines = [f"What is looked at when row {row}, column {column} (outlined) is predicted"]
+        lines += ["Bright: much attention, on a scale from 0 to the max above each map"]
+        lines += ["Grey: not seen, since it comes later"] if has_sos else []
+        figure.suptitle("\n".join(lines), fontsize=8)
         return _picture(figure)
 
 
