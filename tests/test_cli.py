@@ -242,6 +242,7 @@ def end_of(monkeypatch, capsys, error):
     [
         OSError(errno.ENOSPC, "No space left on device", "model.png"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("basic_ios::clear: iostream error"),  # torch.save
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
         OSError("100000 requested and 8176 written"),  # numpy's
     ],

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 
 
 # What safetensors, archives of torch and numpy say of a full disk.
-NO_ROOM = ("os error 28", "os error 122", "PytorchStreamWriter failed writing", "unexpected pos", " requested and ")
+NO_ROOM = (
+    "os error 28",
+    "os error 122",
+    "PytorchStreamWriter failed writing",
+    "unexpected pos",
+    " requested and ",
+    "iostream error",
+)
 
 
 def parse_arguments(*dataclasses: Any, description: str, first: str | None = None) -> tuple[Any, ...]:
