@@ -33,7 +33,7 @@ from table import format_table
 
 PICTURES = ("samples.png", "completions.png", "training.png")  # that cards here show
 OURS = {"igpt-digits-tiny": ("digits-tiny", {"size": "tiny", "image_size": 8, "n_colors": 16})}
-TABLES_IN = ("README.md", "docs/speed.md", "docs/scaling.md", "docs/reliability.md")
+TABLES_IN = ("README.md", *(f"docs/{name}.md" for name in ("drawing", "speed", "scaling", "reliability")))
 REPORTS = ("cifar10-16-paper",)  # folders of reports/ with a report.md of the runs in them
 PLANS = {
     "memory": memory_table,
