@@ -30,7 +30,7 @@ from hf_igpt import (
     ImageGPTForMaskedImageModeling,
     ImageGPTImageProcessorPil,
 )
-from hf_igpt.commands.publish import PublishArguments, publish
+from hf_igpt.commands.publish import PublishArguments, describe_loading, publish
 from hf_igpt.evaluation.records import RECORDS, RUN, Record, write_records
 from hf_igpt.features_imagegpt import features_of_tokens
 from hf_igpt.publishing.hub import CODE, check_model, write_repository
@@ -397,6 +397,20 @@ def test_upstream_checkpoints_are_published_too(palette, tmp_path):
     ImageGPTImageProcessorPil(clusters=palette[:16], size=8).save_pretrained(tmp_path / "theirs")
     folder = write_repository(tmp_path / "theirs", tmp_path / "out", "org/theirs")
     assert "Nothing was measured" in (folder / "README.md").read_text()
+
+
+def test_half_the_size_and_without_code(folder, tmp_path):
+    target = write_repository(folder, tmp_path / "out", "checkpoints/small", bfloat16=True, code=False)
+    assert not list(target.glob("*.py")) and "auto_map" not in (target / "config.json").read_text()
+    stored, whole = (load_file(place / "model.safetensors") for place in (target, folder))
+    assert all(torch.equal(stored[name], weight.bfloat16()) for name, weight in whole.items())
+    model = ImageGPTForCausalImageModeling.from_pretrained(target)
+    assert model.dtype == torch.float32
+    assert all(torch.equal(weight, stored[name].float()) for name, weight in model.state_dict().items())
+    card = (target / "README.md").read_text()
+    assert "trust_remote_code" not in card and "import hf_igpt\nfrom transformers" in card
+    assert "| weights are stored as | bfloat16, rounded |" in card
+    assert describe_loading(model.config, "x", code=False).splitlines()[1] == "code in the repository:  none"
 
 
 def test_trainer_pushes_the_same_repository(tmp_path):

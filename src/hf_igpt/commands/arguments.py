@@ -368,5 +368,13 @@ class PublishArguments:
     local_only: str | None = field(
         default=None, metadata={"help": "Write the repository to this new or empty folder and push nothing."}
     )
+    bfloat16: bool = field(
+        default=False,
+        metadata={"help": "Round the weights to bfloat16, half the size; they are still loaded as the type they had."},
+    )
+    code: bool = field(
+        default=True,
+        metadata={"help": "Whether to include the code, for those who have not installed this package."},
+    )
     license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, by its name on the Hub."})
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to. Default: main."})

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 
@@ -23,14 +24,16 @@ def publish(args: PublishArguments) -> str:
     if args.local_only is not None:
         target = Path(args.local_only)
         check_new(target, "--local_only")
-        write_repository(args.model, target, args.repo_id, args.license)
+        write_repository(args.model, target, args.repo_id, args.license, args.bfloat16, args.code)
         where = str(target)
     else:
         HfApi().whoami()  # raises before any work if there is no token
         check_visibility(args.repo_id, args.private)
-        where = push(args.model, args.repo_id, licence=args.license, private=args.private, revision=args.revision)
+        options: dict[str, Any] = {"private": args.private, "revision": args.revision}
+        options |= {"bfloat16": args.bfloat16, "code": args.code}
+        where = push(args.model, args.repo_id, licence=args.license, **options)
     print(f"{'Wrote' if args.local_only else 'Published'} {where}\n")
-    print(describe_loading(ImageGPTConfig.from_pretrained(args.model), args.local_only or args.repo_id))
+    print(describe_loading(ImageGPTConfig.from_pretrained(args.model), args.local_only or args.repo_id, args.code))
     return where
 
 
@@ -41,16 +44,15 @@ def check_visibility(repo_id: str, private: bool) -> None:
         raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or give another --repo_id.")
 
 
-def describe_loading(config: ImageGPTConfig, name: str) -> str:
-    """The ways to load a published model, one on each line."""
+def describe_loading(config: ImageGPTConfig, name: str, code: bool = True) -> str:
+    """The ways to load a published model, one on each line. code: whether it holds its code."""
     head = auto_class(config)
-    first = f'transformers alone:      AutoModel.from_pretrained("{name}")'
+    plain = f'AutoModel.from_pretrained("{name}")' if config.fits_transformers else "refuses with a sentence"
+    remote = f'{head}.from_pretrained("{name}", trust_remote_code=True)' if code else "none"
     return "\n".join(
         [
-            first
-            if config.fits_transformers
-            else "transformers alone:      refuses with a sentence; use one of the two below",
-            f'code in the repository:  {head}.from_pretrained("{name}", trust_remote_code=True)',
+            f"transformers alone:      {plain}",
+            f"code in the repository:  {remote}",
             f'with the package:        import hf_igpt; {head}.from_pretrained("{name}")',
         ]
     )

@@ -46,12 +46,14 @@ def render_card(
     licence: str = "apache-2.0",
     folder: str = "",
     palette_picture: bool = True,
+    code: bool = True,
 ) -> str:
     """The card as Markdown with metadata.
 
     grid: (height, width) of the images; crops: whether they are central windows of what is given. recipe: what `run.json`
     says of how the model was made. records: what was measured; OpenAI's figures are added if the weights are theirs.
-    pictures: caption -> file in `folder`, which also holds `palette.png` unless `palette_picture` is False.
+    pictures: caption -> file in `folder`, which also holds `palette.png` unless `palette_picture` is False. code: whether the
+    repository holds the code.
     """
     name = repo_id.split("/")[-1]
     openai = find_openai_size(config, recipe)
@@ -85,6 +87,8 @@ def render_card(
         folder=folder,
         palette_picture=palette_picture,
         plain=config.fits_transformers,
+        code=code,
+        trust=", trust_remote_code=True" if code else "",
         n_class_tokens=config.n_class_tokens,
         crops=crops,
         needs=NEEDS_HF_IGPT,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from .. import modeling_imagegpt
 from ..configuration_imagegpt import ImageGPTConfig
@@ -83,11 +84,13 @@ def push(
     revision: str | None = None,
     token: str | None = None,
     message: str = "Publish with hf_igpt",
+    bfloat16: bool = False,
+    code: bool = True,
 ) -> str:
-    """Push the folder of a model as a repository, in one commit; returns its address."""
+    """Push the folder of a model as a repository, in one commit; returns its address. bfloat16, code: as in `write_repository`."""
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="hf_igpt-") as staged:
-        repository = write_repository(model_dir, Path(staged) / "repository", repo_id, licence)
+        repository = write_repository(model_dir, Path(staged) / "repository", repo_id, licence, bfloat16, code)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -109,8 +112,19 @@ def plan_commit(old: list[str], folder: Path) -> list[CommitOperationAdd | Commi
     return operations + [CommitOperationDelete(path_in_repo=name) for name in stale]
 
 
-def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, licence: str = "apache-2.0") -> Path:
-    """Write everything that a published repository holds to `folder`, which appears whole or not at all."""
+def write_repository(
+    model_dir: str | Path,
+    folder: str | Path,
+    repo_id: str,
+    licence: str = "apache-2.0",
+    bfloat16: bool = False,
+    code: bool = True,
+) -> Path:
+    """Write everything that a published repository holds to `folder`, which appears whole or not at all.
+
+    bfloat16: round the weights, which halves their size; the configuration still names the type they had, as which they are
+    loaded. code: whether it holds the code too, for those who have not installed this package.
+    """
     model_dir, folder = Path(model_dir), Path(folder)
     copied = [file for pattern in (WEIGHTS, "generation_config.json", RECORDS) for file in model_dir.glob(pattern)]
     for name in (CONFIG, PROCESSOR, RUN, *(file.name for file in copied)):
@@ -120,25 +134,35 @@ def write_repository(model_dir: str | Path, folder: str | Path, repo_id: str, li
     records = read_records(model_dir / RECORDS) if (model_dir / RECORDS).is_file() else []
     with whole_folder(folder) as staged:
         for file in copied:
-            shutil.copy(file, staged)
-        for name in CODE:
-            shutil.copy(Path(__file__).parent.parent / name, staged)
-        config.auto_map = AUTO_MAP
-        draws = "ImageGPTForCausalImageModeling" in (config.architectures or []) or config.generative_loss_weight > 0
-        if config.objective == "causal" and draws:
-            config.custom_pipelines = CUSTOM_PIPELINES
+            if bfloat16 and file.suffix == ".safetensors":
+                rounded = {name: weight.bfloat16() for name, weight in load_file(file).items()}
+                save_file(rounded, staged / file.name, metadata={"format": "pt"})
+            else:
+                shutil.copy(file, staged)
+        if code:
+            add_code(staged, config, processor)
         config.save_pretrained(staged)
-        vars(processor)["auto_map"] = PROCESSOR_AUTO_MAP
         processor.save_pretrained(staged)
         plots.palette_picture(processor.palette).save(staged / "palette.png")
         pictures = copy_pictures(model_dir, staged, config.objective)
-        recipe = run.get("recipe", {})
+        recipe = run.get("recipe", {}) | ({"weights are stored as": "bfloat16, rounded"} if bfloat16 else {})
         (staged / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")
         grid, crops = processor.token_grid(), bool(processor.do_center_crop)
-        card = render_card(repo_id, config, grid, crops, recipe, records, pictures, licence)
+        card = render_card(repo_id, config, grid, crops, recipe, records, pictures, licence, code=code)
         (staged / "README.md").write_text(card)
         check_for_secrets(staged, model_dir)
     return folder
+
+
+def add_code(folder: Path, config: ImageGPTConfig, processor: AnyImageProcessor) -> None:
+    """Copy the code to a folder, and name it in the configuration and the processor that are to be saved there."""
+    for name in CODE:
+        shutil.copy(Path(__file__).parent.parent / name, folder)
+    config.auto_map = AUTO_MAP
+    draws = "ImageGPTForCausalImageModeling" in (config.architectures or []) or config.generative_loss_weight > 0
+    if config.objective == "causal" and draws:
+        config.custom_pipelines = CUSTOM_PIPELINES
+    vars(processor)["auto_map"] = PROCESSOR_AUTO_MAP
 
 
 def check_model(folder: str | Path) -> tuple[ImageGPTConfig, AnyImageProcessor]:
