@@ -2,7 +2,7 @@
 
     make render
 
-That is: the cards in `model_cards/`, the reports of several runs, and in the README and `docs/` what stands between
+That is: the cards in `model_cards/` and `checkpoints/`, the reports of several runs, and in the README and `docs/` what stands between
 `<!-- records: FILE -->`, `<!-- speed: FILE -->`, `<!-- reliability: FILE -->` or `<!-- plan TABLE: FLAGS -->` and `<!-- end -->`.
 """
 
@@ -19,6 +19,7 @@ from hf_igpt import ImageGPTConfig
 from hf_igpt.commands.plan import PlanArguments, memory_table, options, run_table, simplest_that_fits
 from hf_igpt.evaluation.records import RECORDS, RUN, markdown_rows, markdown_table, read_records
 from hf_igpt.publishing.cards import render_card
+from hf_igpt.publishing.hub import card_of_repository
 from hf_igpt.reporting import plots
 from hf_igpt.reporting.reports import write_report
 
@@ -92,6 +93,9 @@ def render_all() -> dict[str, str]:
     """Path in the repository -> text, of every file that holds something rendered."""
     files = {f"model_cards/igpt-{size}.md": render_card_of_openai(size) for size in "sml"}
     files |= {f"model_cards/{name}.md": render_card_of_run(name, *source) for name, source in OURS.items()}
+    for folder in sorted((ROOT / "checkpoints").iterdir()):
+        name = folder.relative_to(ROOT).as_posix()
+        files[f"{name}/README.md"] = card_of_repository(folder, name, code=False)
     files |= {name: render_tables((ROOT / name).read_text(encoding="utf-8")) for name in TABLES_IN}
     for name in REPORTS:
         with tempfile.TemporaryDirectory() as folder:

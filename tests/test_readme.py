@@ -65,6 +65,7 @@ def workplace(tmp_path_factory):
     """A folder with the scripts in it, where the commands are run as they are written."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "scripts").symlink_to(ROOT / "scripts")
+    (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
     return folder
 
 

@@ -26,6 +26,9 @@ def test_files_are_what_is_rendered(rendered):
 def test_everything_that_can_be_rendered_is(rendered):
     """Every card, every report of runs, every kind of table; and every mark has an end."""
     assert {f"model_cards/{path.name}" for path in (ROOT / "model_cards").glob("*.md")} <= set(rendered)
+    assert {f"checkpoints/{path.parent.name}/README.md" for path in ROOT.glob("checkpoints/*/config.json")} <= set(
+        rendered
+    )
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "reports").rglob("report.md")} <= set(rendered)
     marks = {}
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "reports").glob("*.md")):

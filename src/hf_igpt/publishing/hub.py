@@ -131,7 +131,6 @@ def write_repository(
         own_file(model_dir, name)
     config, processor = check_model(model_dir)
     run = read_run(model_dir)
-    records = read_records(model_dir / RECORDS) if (model_dir / RECORDS).is_file() else []
     with whole_folder(folder) as staged:
         for file in copied:
             if bfloat16 and file.suffix == ".safetensors":
@@ -144,14 +143,23 @@ def write_repository(
         config.save_pretrained(staged)
         processor.save_pretrained(staged)
         plots.palette_picture(processor.palette).save(staged / "palette.png")
-        pictures = copy_pictures(model_dir, staged, config.objective)
+        copy_pictures(model_dir, staged, config.objective)
         recipe = run.get("recipe", {}) | ({"weights are stored as": "bfloat16, rounded"} if bfloat16 else {})
         (staged / RUN).write_text(json.dumps({"recipe": recipe}, indent=1) + "\n")
-        grid, crops = processor.token_grid(), bool(processor.do_center_crop)
-        card = render_card(repo_id, config, grid, crops, recipe, records, pictures, licence, code=code)
-        (staged / "README.md").write_text(card)
+        (staged / "README.md").write_text(card_of_repository(staged, repo_id, licence, code))
         check_for_secrets(staged, model_dir)
     return folder
+
+
+def card_of_repository(folder: Path, repo_id: str, licence: str = "apache-2.0", code: bool = True) -> str:
+    """The card of what else is in a repository's folder."""
+    config, processor = ImageGPTConfig.from_pretrained(folder), InstalledProcessor.from_pretrained(folder)
+    recipe = read_run(folder).get("recipe", {})
+    records = read_records(folder / RECORDS) if (folder / RECORDS).is_file() else []
+    found = plots.find_pictures(folder, config.objective)
+    pictures = {plots.CAPTIONS[name]: name for name in found if name in PICTURES}
+    grid, crops = processor.token_grid(), bool(processor.do_center_crop)
+    return render_card(repo_id, config, grid, crops, recipe, records, pictures, licence, code=code)
 
 
 def add_code(folder: Path, config: ImageGPTConfig, processor: AnyImageProcessor) -> None:
@@ -227,14 +235,11 @@ def check_model(folder: str | Path) -> tuple[ImageGPTConfig, AnyImageProcessor]:
     return config, processor
 
 
-def copy_pictures(source: Path, target: Path, objective: str) -> dict[str, str]:
-    """Copies to `target` the pictures that a card shows; their names there, by caption."""
-    pictures = {}
+def copy_pictures(source: Path, target: Path, objective: str) -> None:
+    """Copy to `target` the pictures that a card shows."""
     for name, file in plots.find_pictures(source, objective).items():
         if name in PICTURES:
             shutil.copy(plots.check_picture(source, file), target / name)
-            pictures[plots.CAPTIONS[name]] = name
-    return pictures
 
 
 def check_for_secrets(folder: Path, model_dir: Path) -> None:
