@@ -106,10 +106,10 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
             print(f"Filled {len(given)} holes {args.num_completions} times, {seconds:.2f} s each")
             if nats is not None:
                 known = ", ".join(f"{-value:.3f}" for value in nats.tolist())
-                print(f"Nats per known pixel, {particles} particles: {known}")
+                print(f"Nats per known pixel, {name_particles(particles)}: {known}")
         drawn = torch.cat(parts, dim=1)
         if len(counts) > 1:
-            titles = [f"{count} particle{'s' if count > 1 else ''}" for count in counts]
+            titles = [name_particles(count) for count in counts]
         written.append(folder / "inpainted.png")
     elif given:
         tokens = processor(given, return_tensors="pt")["input_ids"]
@@ -130,6 +130,11 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
     for path in written:
         print(f"Wrote {path}")
     return written
+
+
+def name_particles(count: int) -> str:
+    """ "1 particle", or "64 particles"."""
+    return f"{count} particle{'s' if count > 1 else ''}"
 
 
 def find_order(hidden: np.ndarray, args: SampleArguments, objective: str, count: int) -> np.ndarray:
