@@ -48,7 +48,7 @@ from hf_igpt.evaluation.held_out import find_split
 from hf_igpt.evaluation.metrics import measure_class_likelihoods, measure_surprise
 from hf_igpt.evaluation.records import describe_model
 from hf_igpt.features_imagegpt import features_of_tokens
-from hf_igpt.generation_imagegpt import complete, inpaint_tokens, sample
+from hf_igpt.generation_imagegpt import complete, inpaint, inpaint_tokens, sample
 from hf_igpt.inputs_imagegpt import find_classes
 from hf_igpt.pipelines_imagegpt import ImageCompletionPipeline
 from hf_igpt.publishing.conversion import to_openai
@@ -136,8 +136,8 @@ def test_unknown_classes_and_guidance(model, processor):
             sample(model, processor, 1, classes=wrong)
     with pytest.raises(ValueError, match="No class is named"):
         sample(model, processor, 1, classes=[])
-    for wrong in (0.5, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="guidance is at least 1"):
+    for wrong in (0.5, float("nan"), float("inf"), "2", None):
+        with pytest.raises(ValueError, match="guidance is a number of at least 1"):
             sample(model, processor, 1, classes="cat", guidance=wrong)
     with pytest.raises(ValueError, match="guidance is for images of classes"):
         sample(model, processor, 1, guidance=2)
@@ -146,6 +146,22 @@ def test_unknown_classes_and_guidance(model, processor):
     for options in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
         with pytest.raises(ValueError, match="for sampling and greedy search"):
             model.generate(class_labels=[0], guidance_scale=2.0, do_sample=False, **options)
+
+
+def test_arguments_of_other_types(model, processor, tokens):
+    photo = Image.new("RGB", (8, 8))
+    for call, message in (
+        (lambda: sample(model, processor, "4"), "num_images is at least 1, a whole number; found '4'"),
+        (lambda: sample(processor, model, 4), "The first argument is a model.*found ImageGPTImageProcessorPil"),
+        (lambda: sample("outputs/pretrain", processor, 4), "loaded by `from_pretrained`; found str"),
+        (lambda: inpaint(model, processor, photo, (0, 0, 1, 0.5), particles=[1, 4]), "particles is at least 1"),
+        (lambda: inpaint(model, processor, photo, None), "A mask is a picture, an array or a box"),
+        (lambda: complete(model, processor, photo, rows="4"), "found '4'"),
+        (lambda: complete(model, processor), "one of them, and not both"),
+        (lambda: complete(model, processor, photo, num_completions=2.0), "num_completions is at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_classes_are_found_by_name_and_number(model, processor):
@@ -237,7 +253,7 @@ def test_classes_stand_at_the_beginning_alone(model, tokens):
     padded, mask = torch.tensor([[16, 16, 16, 1]]), torch.tensor([[0, 0, 1, 1]])
     expected = model(input_ids=torch.tensor([[16, 16, 18, 1]]), attention_mask=mask).logits
     assert torch.equal(model(input_ids=padded, attention_mask=mask, class_labels=class_labels).logits, expected)
-    for labels in ([1], np.array([1]), torch.tensor([1], dtype=torch.uint8)):
+    for labels in ([1], ["dog"], np.array([1]), torch.tensor([1], dtype=torch.uint8)):
         assert torch.equal(
             model(labels=tokens[:1], class_labels=labels).loss, model(labels=tokens[:1], class_labels=class_labels).loss
         )
@@ -484,6 +500,7 @@ def test_a_run_with_classes(trained, tmp_path, capsys):
     for wrong, message in (
         ({"classes": ["x"]}, "There is no class 'x'"),
         ({"guidance": 2.0}, "--guidance strengthens --classes"),
+        ({"classes": ["3"], "guidance": 2.0, "num_held_out": 1, "box": [0.0, 0.0, 0.5, 0.5]}, "without --guidance"),
         ({"num_held_out": 3, "classes": ["1", "2"]}, "one for each of 3 images"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -487,7 +487,7 @@ def test_the_script_fills_holes(processor, tmp_path, objective, capsys):
     for hole in ({"mask": str(tmp_path / "hole.png")}, {"box": [0.0, 0.0, 0.5, 0.5]}):
         args = SampleArguments(str(tmp_path), output_dir=str(tmp_path / "out"), **options, **hole)
         assert draw(args, DataArguments()) == [tmp_path / "out" / "inpainted.png"]
-        assert ("Nats per known pixel" in capsys.readouterr().out) == (objective == "causal")
+        assert ("Surprise of the known pixels" in capsys.readouterr().out) == (objective == "causal")
     (place,) = (tmp_path / "out").glob("*")
     options["particles"] = [3]
     args = SampleArguments(str(tmp_path), output_dir=str(tmp_path / "out"), **options, **hole, gif=True, seen=True)

@@ -71,9 +71,8 @@ def sample(
     pixels of the result, of the square that each token becomes. Invalid options, and a processor that does not fit the
     model, are a ValueError.
     """
-    if num_images < 1:
-        raise ValueError(f"num_images is at least 1; found {num_images}.")
-    processor.check_fits(model.config)
+    check_count("num_images", num_images)
+    _check_model(model, processor)
     numbers = None
     if classes is not None:
         numbers = torch.tensor(find_classes(model.config, classes)).repeat_interleave(num_images)
@@ -114,12 +113,11 @@ def complete(
     arguments are those of `sample`. Invalid arguments are a ValueError.
     """
     if (images is None) == (tokens is None):
-        raise ValueError("Pass either `images` or `tokens`, and not both.")
+        raise ValueError("Pass either `images` or `tokens`: one of them, and not both.")
+    _check_model(model, processor)
     height, width = processor.token_grid()
     kept = read_rows(rows, height)
-    if num_completions < 1:
-        raise ValueError(f"num_completions is at least 1; found {num_completions}.")
-    processor.check_fits(model.config)
+    check_count("num_completions", num_completions)
     if tokens is None:
         tokens = processor(images, return_tensors="pt")["input_ids"]  # type: ignore[arg-type]  # takes paths too
     tokens = as_tokens(tokens).cpu()
@@ -155,7 +153,7 @@ def read_rows(rows: Any, height: int) -> np.ndarray:
     numbers = np.asarray(height // 2 if rows is None else rows)
     if numbers.ndim > 1 or numbers.dtype.kind not in "iu" or not ((numbers >= 0) & (numbers <= height)).all():
         raise ValueError(
-            f"rows is between 0 and the image's height, {height}; found {rows}. It is a whole number, or one for each image."
+            f"rows is between 0 and the image's height, {height}; found {rows!r}. It is a whole number, or one for each image."
         )
     return numbers.astype(np.int64)
 
@@ -181,9 +179,9 @@ def inpaint(
     """Draw the hidden pixels of each image anew: a list of `num_completions` PIL images for each of `images`.
 
     images: anything the processor accepts. mask: which pixels are hidden, as in `find_hidden`. Known pixels are kept exactly.
-    The other arguments are those of `inpaint_tokens`. Invalid arguments are a ValueError.
+    There is no guidance here: holes are drawn by what the model believes. The other arguments are those of `inpaint_tokens`. Invalid arguments are a ValueError.
     """
-    processor.check_fits(model.config)
+    _check_model(model, processor)
     fetched: Any = processor.fetch_images(images)
     if isinstance(fetched, Image.Image) or (not isinstance(fetched, list) and fetched.ndim <= 3):
         fetched = [fetched]
@@ -248,9 +246,10 @@ def find_hidden(processor: AnyImageProcessor, mask: MaskSource, size: tuple[int,
 
 def _hide_box(box: Any, shape: tuple[int, int]) -> np.ndarray:
     """Return a mask of `shape` that hides the pixels touched by `box`, (left, top, right, bottom) in fractions."""
-    if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+    if np.shape(box) != (4,) or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise ValueError(
-            f"A box is (left, top, right, bottom) in fractions of the image, 0 <= left < right <= 1 and so on; found {box}."
+            "A mask is a picture, an array or a box. A box is (left, top, right, bottom) in fractions of the image's width and "
+            f"height, 0 <= left < right <= 1 and 0 <= top < bottom <= 1; found {box!r}."
         )
     height, width = shape
     hides = np.zeros(shape, dtype=bool)
@@ -310,8 +309,7 @@ def inpaint_tokens(
             f"{hidden.dtype} {tuple(hidden.shape)}."
         )
     for name, count in {"num_completions": num_completions, "particles": particles, "steps": steps}.items():
-        if count < 1:
-            raise ValueError(f"{name} is at least 1; found {count}.")
+        check_count(name, count)
     _check_sampling(temperature, top_k, top_p)
     numbers = _class_of_each(model, classes, len(tokens))
     if isinstance(model, ImageGPTForMaskedImageModeling):
@@ -498,6 +496,22 @@ def _class_of_each(model: ImageGPTPreTrainedModel, classes: Classes | None, n_im
     return found.expand(n_images)
 
 
+def check_count(name: str, count: Any) -> None:
+    """Raise ValueError unless `count`, an argument called `name`, is a whole number of at least 1."""
+    if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name} is at least 1, a whole number; found {count!r}.")
+
+
+def _check_model(model: Any, processor: Any) -> None:
+    """Raise ValueError unless these are a model and its processor, rather than their names, or the one for the other."""
+    if not isinstance(model, torch.nn.Module) or not hasattr(processor, "check_fits"):
+        raise ValueError(
+            "The first argument is a model, and the second its image processor, both loaded by `from_pretrained`; found "
+            f"{type(model).__name__} and {type(processor).__name__}."
+        )
+    processor.check_fits(model.config)
+
+
 def _check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     if not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0):
         raise ValueError(
@@ -542,9 +556,10 @@ def _continue(
 ) -> torch.Tensor:
     """Continue `prompts` (n, T), pixels without SOS, to the tokens of whole images (n, N) of `classes` (n,), on the CPU."""
     _check_sampling(temperature, top_k, top_p)
-    if guidance != 1 and (classes is None or not 1 < guidance < math.inf):
-        needed = "at least 1, which is none, and finite" if classes is not None else "for images of classes: name them"
-        raise ValueError(f"guidance is {needed}; found {guidance}.")
+    if not (isinstance(guidance, (int, float)) and 1 <= guidance < math.inf):
+        raise ValueError(f"guidance is a number of at least 1, which is none, and finite; found {guidance!r}.")
+    if guidance != 1 and classes is None:
+        raise ValueError("guidance is for images of classes: name them by classes=…, or leave guidance out.")
     decided = {"max_length", "max_new_tokens", "num_return_sequences", "class_labels", "guidance_scale"} & set(
         generate_kwargs
     )

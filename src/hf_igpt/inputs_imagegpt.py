@@ -130,13 +130,16 @@ def name_classes(
 ) -> torch.Tensor:
     """Put the token of each row's class, K + 1 + class, in the place of SOS, with which `input_ids` (B, T) begin.
 
-    class_labels: (B,) integers in 0..C-1, or −1 for no class, which leaves SOS. attention_mask: (B, T), 0 of the padding
+    class_labels: (B,) integers in 0..C-1, or −1 for no class, which leaves SOS; or a list of names. attention_mask: (B, T), 0 of the padding
     before SOS. Other labels, and rows with no SOS at the beginning or another one after it, are a ValueError.
     """
     count, sos = config.n_class_tokens, config.sos_token_id
     if not count:
         raise ValueError("`class_labels`: this model knows no classes. Train one with --class_conditional.")
-    labels = class_labels if torch.is_tensor(class_labels) else torch.from_numpy(np.asarray(class_labels))
+    if not torch.is_tensor(class_labels):
+        found = np.asarray(class_labels)
+        class_labels = torch.from_numpy(np.asarray(find_classes(config, found)) if found.dtype.kind in "US" else found)
+    labels = class_labels
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != input_ids.shape[:1]:
         raise ValueError(
             f"`class_labels` are integers, one for each of {len(input_ids)} images; found {labels.dtype} of shape "
@@ -157,7 +160,7 @@ def name_classes(
         if not begins.all() or ((input_ids == sos) & (place > first[:, None])).any():
             raise ValueError(
                 "`class_labels` stand in the place of SOS, with which `input_ids` do not begin, or which they hold several "
-                "times: with padding, pass an `attention_mask`."
+                "times. Pass pixels alone as `labels`, and an `attention_mask` with padding."
             )
     return input_ids.long().scatter(1, first[:, None], config.vocab_size + labels[:, None])
 
@@ -185,7 +188,7 @@ def find_classes(config: ImageGPTConfig, classes: Any) -> list[int]:
             number = -1
         if isinstance(each, bool) or not 0 <= number < count:
             known = ", ".join(names[:10]) + (", …" if count > 10 else "") if len(names) == count else f"0..{count - 1}"
-            raise ValueError(f"There is no class {each!r}: this model has {count}, {known}.")
+            raise ValueError(f"There is no class {each!r}: this model has {count} classes: {known}.")
         found.append(number)
     return found
 

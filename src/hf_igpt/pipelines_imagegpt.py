@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BatchFeature, ImageClassificationPipeline, ImageFeatureExtractionPipeline, Pipeline
 
 from .features_imagegpt import check_layers, features_of_tokens
-from .generation_imagegpt import MaskSource, complete, draw_seed, find_hidden, inpaint_tokens, read_rows
+from .generation_imagegpt import MaskSource, check_count, complete, draw_seed, find_hidden, inpaint_tokens, read_rows
 from .image_processing_imagegpt import AnyImageProcessor
 from .modeling_imagegpt import ImageGPTForCausalImageModeling
 from .pixels_imagegpt import AnyImage, ImageSource, size_of
@@ -82,8 +82,8 @@ class ImageCompletionPipeline(Pipeline):
             )
         if np.ndim(generate_kwargs.get("classes", 0)):
             raise ValueError("A pipeline draws one class of all its images. `complete` takes one for each.")
-        if num_completions is not None and num_completions < 1:
-            raise ValueError(f"num_completions is at least 1; found {num_completions}.")
+        if num_completions is not None:
+            check_count("num_completions", num_completions)
         options = {"rows": rows, "num_completions": num_completions, "seed": seed}
         forward = {name: value for name, value in options.items() if value is not None} | generate_kwargs
         if mask is not None and rows is not None:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.records import own_file
+from ..evaluation.records import RUN, own_file
 from ..modeling_imagegpt import check_loading
+from ..training.checkpoints import is_sealed, list_checkpoints
 
 
 def folder_beside(model_name: str, output_dir: str | None, name: str = "") -> Path:
@@ -28,6 +29,10 @@ def check_model_exists(model_name: str) -> None:
             f"There is no folder {model_name}: scripts/run_pretrain.py and scripts/run_finetune.py make models, in outputs/ by "
             "default; a model on the Hub is named organisation/name."
         )
+    if (path / RUN).is_file() and not (path / "config.json").is_file():
+        last = next((checkpoint for checkpoint in list_checkpoints(path) if is_sealed(checkpoint)), None)
+        remedy = f"take its last checkpoint, {last}, or finish it" if last else "it has no checkpoint yet: finish it"
+        raise ValueError(f"{path} holds a run that is not finished: {remedy} by the same command.")
 
 
 def check_new(folder: Path, flag: str) -> None:

@@ -33,8 +33,10 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
         )
     if len(asked) > 1:
         raise ValueError(f"--{asked[0]} and --{asked[1]} each say what is drawn: give one of them.")
-    if args.guidance != 1 and (not args.classes or args.mask or args.box):
-        raise ValueError("--guidance strengthens --classes in whole images and their lower parts: give these.")
+    if args.guidance != 1 and (args.mask or args.box):
+        raise ValueError("Holes are filled without --guidance: leave it out.")
+    if args.guidance != 1 and not args.classes:
+        raise ValueError("--guidance strengthens --classes: give these too.")
     mask: Any = args.mask if args.box is None else args.box
     check_model_exists(args.model_name_or_path)
     folder = folder_beside(args.model_name_or_path, args.output_dir)
@@ -103,10 +105,12 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
             part, nats = inpaint_tokens(model, tokens, torch.from_numpy(hidden), args.num_completions, **options)
             parts.append(part)
             seconds = (time.perf_counter() - start) / (len(given) * args.num_completions)
-            print(f"Filled {len(given)} holes {args.num_completions} times, {seconds:.2f} s each")
+            print(f"Filled a hole in {len(given)} images {args.num_completions} times, {seconds:.2f} s each")
             if nats is not None:
                 known = ", ".join(f"{-value:.3f}" for value in nats.tolist())
-                print(f"Nats per known pixel, {name_particles(particles)}: {known}")
+                print(
+                    f"Surprise of the known pixels, nats per pixel, estimated by {name_particles(particles)}: {known}"
+                )
         drawn = torch.cat(parts, dim=1)
         if len(counts) > 1:
             titles = [name_particles(count) for count in counts]

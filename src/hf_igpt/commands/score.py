@@ -145,7 +145,7 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     for picture_name, picture in pictures.items():
         save_picture(picture, folder / picture_name)
     write_records(folder / SCORE, records)
-    print_scores(sets, records)
+    print_scores(sets, records, config.n_class_tokens > 0)
     print(f"Wrote {', '.join([*tables, *pictures])} and {SCORE} to {folder}")
     return records
 
@@ -350,9 +350,10 @@ def shorten(name: str, length: int = 30) -> str:
     return name if len(name) <= length else "…" + name[1 - length :]
 
 
-def print_scores(sets: list[ImageSet], records: list[Record]) -> None:
-    """The mean and the extremes of each set, and how well they are told apart."""
-    print("\nNats per pixel (bits per pixel), lower is less surprising:")
+def print_scores(sets: list[ImageSet], records: list[Record], has_classes: bool) -> None:
+    """The mean and the extremes of each set, and how well they are told apart. has_classes: whether the model knows any."""
+    untold = ", without being told a class" if has_classes else ""
+    print(f"\nNats per pixel (bits per pixel){untold}, lower is less surprising:")
     for images in sets:
         nats = images.nats_per_pixel
         print(f"  {images.kind}: {images.dataset}, {len(nats):,} image{'s' if len(nats) > 1 else ''}")

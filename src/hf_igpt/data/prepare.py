@@ -170,7 +170,7 @@ class TrainingImages:
             )
         if num_colors not in (None, len(processor.clusters)):
             raise ValueError(
-                f"--num_colors {num_colors}: the palette of {source} has {len(processor.clusters)} colours."
+                f"--num_colors {num_colors}: the palette of {source} has {len(processor.clusters)} colours: leave it out."
             )
         return processor
 

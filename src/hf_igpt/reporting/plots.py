@@ -161,20 +161,30 @@ def class_picture(names: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -
 def completions_picture(rows: list[list[Image.Image]], titles: Sequence[str] = ("completions",)) -> Image.Image:
     """`image_grid` of rows [original, given part, completion, …] with the columns named above.
 
-    titles: of as many columns of completions each; they stand above the first.
+    titles: of groups of as many completions each; they stand above the first of a group.
     """
     n_columns, (width, height) = len(rows[0]), rows[0][0].size
     wide, high = (max(0.75, side / max(height, width)) for side in (width, height))  # inches, with room for titles
-    size = (n_columns * wide, len(rows) * high + 0.3)
-    with _figure(len(rows), n_columns, figsize=size, squeeze=False) as (figure, axes):
-        step = (n_columns - 2) // len(titles)
-        places = {0: "original", 1: "given"} | {2 + step * number: title for number, title in enumerate(titles)}
-        for place, title in places.items():
-            axes[0][place].set_title(title, fontsize=9)
+    step = (n_columns - 2) // len(titles)
+    places = [
+        column + max(0, (column - 2) // step) * (len(titles) > 1) for column in range(n_columns)
+    ]  # gaps between groups
+    widths = [wide if column in places else wide / 4 for column in range(places[-1] + 1)]
+    grid = {"width_ratios": widths}
+    with _figure(
+        len(rows), len(widths), figsize=(sum(widths), len(rows) * high + 0.3), squeeze=False, gridspec_kw=grid
+    ) as (
+        figure,
+        axes,
+    ):
+        for axis in axes.flat:
+            axis.axis("off")
+        above = {0: "original", 1: "given"} | {2 + step * number: title for number, title in enumerate(titles)}
+        for column, title in above.items():
+            axes[0][places[column]].set_title(title, fontsize=9)
         for row, line in zip(rows, axes, strict=True):
-            for image, axis in zip(row, line, strict=True):
-                axis.imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
-                axis.axis("off")
+            for image, place in zip(row, places, strict=True):
+                line[place].imshow(np.asarray(image.convert("RGB")), interpolation="nearest")
         return _picture(figure, pad=0.3)
 
 

@@ -60,7 +60,10 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
         raise ValueError(f"--output_dir {folder} is a file.")
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if RECORDS in names:
-        raise ValueError(f"{folder} holds a finished run: give another --output_dir, or delete it.")
+        raise ValueError(
+            f"{folder} holds a finished run: give another --output_dir, and --model_name_or_path {folder} to train its model "
+            "further."
+        )
     names = {name for name in names if not name.startswith(".") and not name.endswith(FOREIGN)}
     if names and RUN not in names:
         raise ValueError(
@@ -161,7 +164,8 @@ def check_same_run(checkpoint: str, config: ImageGPTConfig, identity: dict[str, 
     if any(images[part] != images_then[part] for part in images.keys() & images_then.keys()):
         raise ValueError(
             f"The images are not those that {checkpoint} was trained on: files were added, removed or replaced, so that images "
-            "held out now may have been trained on, or labels are others. Bring them back, or give another --output_dir."
+            "held out now may have been trained on, or labels are others. Restore them, or begin another run from its weights: "
+            f"--model_name_or_path {checkpoint} and another --output_dir."
         )
     then, now = (describe_config(each) for each in (ImageGPTConfig.from_pretrained(checkpoint), config))
     first = ("--class_conditional", "--objective")  # others follow from these

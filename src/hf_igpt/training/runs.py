@@ -376,6 +376,7 @@ def log_plan(trainer: ImageGPTTrainer, images: TrainingImages, held_out: str) ->
         f"Training {trainer.model.num_parameters():,} parameters ({config.objective}) on {images.name}: "
         f"{grid} pixels, {config.vocab_size - 1} colours, {args.images_per_step()} images per step"
         + (f", {len(rows):,} images, {held_out}" if has_length(rows) else "")
+        + (f"; told {summarize_names(images.classes)}" if config.n_class_tokens else "")
     )
 
 
