@@ -113,7 +113,8 @@ def test_commands_and_snippets_run_in_their_order(workplace):
             words = words[words.index(next(w for w in words if w.startswith("scripts/"))) :]
             if "run_pretrain.py" in command:
                 trained += 1
-                words += ["--output_dir", f"outputs/pretrain{trained}"] if trained > 1 else []
+                named = trained == 1 or "--output_dir" in words
+                words += [] if named else ["--output_dir", f"outputs/pretrain{trained}"]
             if "run_pretrain.py" in command or "run_finetune.py" in command:
                 words += ["--max_steps", "30", "--eval_strategy", "steps", "--eval_steps", "30"]
                 words += ["--save_strategy", "steps", "--save_steps", "30", "--use_cpu"]

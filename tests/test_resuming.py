@@ -126,8 +126,8 @@ def test_checkpoints_know_which_images_were_held_out(tmp_path, greys, capsys):  
     (tmp_path / "run" / "records.json").unlink()
     expected = load_images(DataArguments(), seed=7)["validation"]["image"][:5]
     for place in ("run", "run/checkpoint-2"):
-        cells, seed = select_held_out(str(tmp_path / place), DataArguments(), 5)
-        assert seed == 7 and cells == expected
+        rows, seed = select_held_out(str(tmp_path / place), DataArguments(), 5)
+        assert seed == 7 and rows["image"][:] == expected
         assert find_split_seed(str(tmp_path / place), DataArguments(), 42) == 7
         with pytest.raises(ValueError, match="the default --train_val_split, not 0.5"):
             find_split_seed(str(tmp_path / place), DataArguments(train_val_split=0.5), 42)
@@ -136,8 +136,8 @@ def test_checkpoints_know_which_images_were_held_out(tmp_path, greys, capsys):  
     finetune(ModelArguments(**model), DataArguments(max_train_samples=40), tuned)
     (tmp_path / "tuned" / "records.json").unlink()
     (checkpoint,) = (tmp_path / "tuned").glob("checkpoint-*")
-    cells, seed = select_held_out(str(checkpoint), DataArguments(), 5)
-    assert seed == 7 and cells == load_labelled_images(DataArguments(), seed=7)["test"]["image"][:5]
+    rows, seed = select_held_out(str(checkpoint), DataArguments(), 5)
+    assert seed == 7 and rows["image"][:] == load_labelled_images(DataArguments(), seed=7)["test"]["image"][:5]
 
 
 # -- changed arguments -------------------------------------------------------------------------------------------------
