@@ -104,6 +104,12 @@ def test_a_run_learns_and_beats_counting_pixels(finished):
     assert read_records(folder / "records.json") == records
 
 
+def test_the_log_has_no_mean_that_resuming_would_change(finished):
+    log = json.loads((finished[0] / "checkpoint-100" / "trainer_state.json").read_text())["log_history"]
+    log += json.loads((finished[0] / "trainer_state.json").read_text())["log_history"]
+    assert any("train_runtime" in entry for entry in log) and not any("train_loss" in entry for entry in log)
+
+
 def test_what_a_run_leaves_behind(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir()}

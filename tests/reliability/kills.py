@@ -96,7 +96,7 @@ def meaning(path: Path) -> object:
         state["log_history"] = [
             {name: value for name, value in entry.items() if not TIMES.match(name)}
             for entry in state["log_history"]
-            if "train_runtime" not in entry  # see `summary`
+            if "train_runtime" not in entry  # which a run that had ended does not log again
         ]
         return state
     return path.read_bytes()
@@ -150,12 +150,6 @@ def resumed_step(said: str) -> int:
     """The step of the checkpoint that a run continued from; 0: from the beginning."""
     steps = re.findall(r"(?:[Rr]esum\w+ from|had ended with) \S*checkpoint-(\d+)", said)
     return int(steps[-1]) if steps else 0
-
-
-def summary(folder: Path) -> list[float]:
-    """The mean loss in the entry that transformers adds to a log when training ends. Compared apart from all else."""
-    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry.get("train_loss") for entry in log if "train_runtime" in entry]
 
 
 # -- trials ------------------------------------------------------------------------------------------------------------
@@ -228,14 +222,9 @@ class Remains:
     """What is counted apart from all else in runs that ended equal, so that it hides nothing."""
 
     def __init__(self) -> None:
-        self.summaries = Count("kills", "train_loss in the log's last entry, in all of these that ended equal")
         self.litter = Count("kills", "no part of a checkpoint left behind, in all of these that ended equal")
 
     def look(self, scenario: Scenario, run: Path) -> None:
-        mean = summary(run), summary(scenario.folder / "whole" / "run")
-        self.summaries.add(
-            "equal" if mean[0] == mean[1] else "silent", scenario.name, f"{mean[0]} rather than {mean[1]}"
-        )
         names = {path.name for path in last_checkpoint(scenario.folder / "keeping" / "run").iterdir()}
         parts = [
             place.name
@@ -281,7 +270,7 @@ def kill_runs(
             if each:
                 yield count
         shutil.rmtree(place)
-    yield from (remains.litter, remains.summaries)
+    yield remains.litter
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

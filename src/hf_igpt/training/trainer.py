@@ -223,7 +223,11 @@ class ImageGPTTrainer(Trainer):
         return outputs.loss, (classes, outputs.generative_nats), labels
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Log as `Trainer` does, and add images seen, minutes, bits per pixel and the terms of a joint loss."""
+        """Log as `Trainer` does, and add images seen, minutes, bits per pixel and the terms of a joint loss.
+
+        Left out is the mean loss that it logs when training ends, which in a resumed run is that of the last process alone.
+        """
+        logs = {name: value for name, value in logs.items() if name != "train_loss"}
         logs["images"] = self.images_seen(self.state.global_step)
         if self.clock is not None:
             logs["minutes"] = self.clock.elapsed
