@@ -439,7 +439,7 @@ def test_streams_name_classes(processor, tmp_path):
     assert 10 < dropped.count(-1) < 40 and all(a in (-1, b) for a, b in zip(dropped, told, strict=True))
     images = {"train_dir": str(file), "streaming": True, "max_eval_samples": 10, "image_size": 8}
     records = run(tmp_path / "run", {"config_overrides": SMALL, "num_colors": 16}, images)
-    assert records[0].classes == 10
+    assert records[0].told_classes == 10
 
 
 @pytest.fixture(scope="module")
@@ -455,9 +455,9 @@ def test_a_run_with_classes(trained, tmp_path, capsys):
     model = ImageGPTForCausalImageModeling.from_pretrained(folder)
     assert model.config.n_class_tokens == 10 and model.config.id2label == {n: str(n) for n in range(10)}
     by_class = records[0].details["nats per pixel by class"]
-    assert set(by_class) <= set("0123456789") and records[0].classes == 10
+    assert set(by_class) <= set("0123456789") and records[0].told_classes == 10
     assert describe_model(records[0]).endswith("told the class")
-    assert all(record.classes is None for record in records[1:])
+    assert all(record.told_classes is None for record in records[1:])
     assert json.loads((folder / "run.json").read_text())["recipe"]["classes"] == (
         "10; for 10 % of the images the class was left out"
     )
@@ -582,10 +582,10 @@ def test_held_out_images_without_labels(tmp_path):
     options = {"train_dir": str(tmp_path / "train.parquet"), "image_size": 8, "max_train_samples": 20}
     own = {"validation_dir": str(tmp_path / "validation.parquet")}
     records = run(tmp_path / "unlabelled", model, options | own, per_device_train_batch_size=4)
-    assert records[0].classes is None and "told" not in describe_model(records[0])
+    assert records[0].told_classes is None and "told" not in describe_model(records[0])
     assert records[0].details == {"nats per pixel by class": {}, "images whose class was told": 0}
     records = run(tmp_path / "labelled", model, options, per_device_train_batch_size=4)  # classes of all 60, not of 20
-    assert records[0].classes == 10 and not is_generation(records[0]) and is_generation(records[1]) is False
+    assert records[0].told_classes == 10 and not is_generation(records[0]) and is_generation(records[1]) is False
 
 
 def test_models_with_classes_as_a_start(trained, tmp_path):

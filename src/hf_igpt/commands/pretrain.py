@@ -96,7 +96,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
             by_class = average_by_class(found.predictions, found.label_ids, classes)
             told = {"details": {"nats per pixel by class": by_class}}
             if (n_told := int((found.label_ids >= 0).sum())) == len(held_out):
-                told["classes"] = len(classes)
+                told["told_classes"] = len(classes)
             else:  # some have no label
                 told["details"]["images whose class was told"] = n_told
         about_model = about | told
@@ -116,7 +116,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, args: Pretrai
     runs.log_plan(trainer, images, f"{len(held_out)} held out")
     runs.train(trainer, checkpoint)
     records = [measure("final", trainer.measured_step)]
-    untold = replace(records[0], classes=None)  # models that only count
+    untold = replace(records[0], told_classes=None)  # models that only count
     records += [runs.record_baseline(untold, name, value) for name, value in reference.items()]
     if args.should_save:
         curve_baselines = {name: value for name, value in reference.items() if name != UNIFORM}

@@ -77,6 +77,9 @@ class Record:
     parameters: int | None = None
     images_seen: int | None = None  # in the training that ended with this model
     split_seed: int | None = None  # of the held-out images, if it is not `seed`
+    told_classes: int | None = (
+        None  # of generative models: how many classes there are, if it was told that of each image
+    )
     started_from: str | None = None  # of fine-tuned models: "pretrained" or "random weights"
     checkpoint: str | None = None  # the name of its folder
 
@@ -380,7 +383,7 @@ def describe_model(record: Record) -> str:
         if record.baseline is None:
             words += [f"{record.parameters:,} parameters"] if record.parameters is not None else []
             words += [f"{record.images_seen:,} images seen"] if record.images_seen is not None else []
-            words += ["told the class"] if record.task == "generation" and record.classes else []
+            words += ["told the class"] if record.told_classes else []
     else:
         words += ["untrained"] if record.baseline == "untrained" else []
         words += ["fine-tuned"] if record.started_from else []

@@ -150,7 +150,7 @@ def make_eval_result(record: Record, task: str) -> EvalResult:
         metric_type=record.metric,
         metric_name=METRICS[record.metric]
         + (f" ({describe_model(record)})" if record.reference else "")
-        + (", told the class" if record.task == "generation" and record.classes else ""),
+        + (", told the class" if record.told_classes else ""),
         metric_value=round(record.value, 6),
         **published,
     )

@@ -168,7 +168,7 @@ def is_fine_tuned(record: Record, split: str) -> bool:
 def is_generation(record: Record) -> bool:
     """Whether a record is of all held-out images, scored by a causal model after training that is not told their classes."""
     of_model = record.task == "generation" and record.baseline is None and record.objective == "causal"
-    of_model &= record.classes is None
+    of_model &= record.told_classes is None
     return of_model and (record.metric, record.split) == ("nats_per_pixel", "held out")
 
 
