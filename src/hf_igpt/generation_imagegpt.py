@@ -179,7 +179,8 @@ def inpaint(
     """Draw the hidden pixels of each image anew: a list of `num_completions` PIL images for each of `images`.
 
     images: anything the processor accepts. mask: which pixels are hidden, as in `find_hidden`. Known pixels are kept exactly.
-    There is no guidance here: holes are drawn by what the model believes. The other arguments are those of `inpaint_tokens`. Invalid arguments are a ValueError.
+    There is no guidance here: holes are drawn by what the model believes. The other arguments are those of `inpaint_tokens`.
+    Invalid arguments are a ValueError.
     """
     _check_model(model, processor)
     fetched: Any = processor.fetch_images(images)

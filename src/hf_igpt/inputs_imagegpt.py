@@ -165,16 +165,22 @@ def name_classes(
     return input_ids.long().scatter(1, first[:, None], config.vocab_size + labels[:, None])
 
 
+def class_names(config: ImageGPTConfig) -> list[str]:
+    """The names of the classes that a model can be told, by their numbers: those of `config.id2label`, or the numbers as text."""
+    names = [str(name) for name in (config.id2label or {}).values()]
+    return names if len(names) == config.n_class_tokens else [str(number) for number in range(config.n_class_tokens)]
+
+
 def find_classes(config: ImageGPTConfig, classes: Any) -> list[int]:
     """Return the numbers of one class or of several, which are given by name, as in `config.id2label`, or by number.
 
     A number may be text, if no class is named by one. A model without classes, a class that it does not have, and an empty
     list are a ValueError.
     """
-    count, names = config.n_class_tokens, [str(name) for name in (config.id2label or {}).values()]
+    count, names = config.n_class_tokens, class_names(config)
     if not count:
         raise ValueError("This model knows no classes: train one with --class_conditional, or leave the classes out.")
-    numbers = {name: number for number, name in enumerate(names)} if len(names) == count else {}
+    numbers = {name: number for number, name in enumerate(names)}
     if not any(name.isdecimal() for name in numbers):
         numbers |= {str(number): number for number in range(count)}
     wanted = list(classes) if isinstance(classes, (list, tuple, range)) or np.ndim(classes) else [classes]
@@ -187,7 +193,7 @@ def find_classes(config: ImageGPTConfig, classes: Any) -> list[int]:
         except TypeError:
             number = -1
         if isinstance(each, bool) or not 0 <= number < count:
-            known = ", ".join(names[:10]) + (", …" if count > 10 else "") if len(names) == count else f"0..{count - 1}"
+            known = ", ".join(names[:10]) + (", …" if count > 10 else "")
             raise ValueError(f"There is no class {each!r}: this model has {count} classes: {known}.")
         found.append(number)
     return found

@@ -614,7 +614,7 @@ class ImageGPTForCausalImageModeling(ImageGPTPreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
     ) -> LogitsProcessorList:
         scale = generation_config.guidance_scale
-        guided = scale not in (None, 1) and kwargs.get("negative_prompt_ids") is None
+        guided = (kwargs.get("model_kwargs") or {}).get("guided", False)  # as `generate` has decided
         if guided:  # transformers' own would run the model a second time
             generation_config = copy.copy(generation_config)
             generation_config.guidance_scale = None

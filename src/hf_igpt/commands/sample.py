@@ -12,7 +12,7 @@ from ..configuration_imagegpt import ImageGPTConfig
 from ..evaluation.held_out import select_held_out
 from ..evaluation.records import save_animation, save_picture
 from ..generation_imagegpt import complete, draw_rounds, find_hidden, inpaint_tokens, sample
-from ..inputs_imagegpt import find_classes
+from ..inputs_imagegpt import class_names, find_classes
 from ..modeling_imagegpt import GENERATIVE_MODELS
 from ..reporting import plots
 from .arguments import SampleArguments
@@ -80,7 +80,7 @@ def draw(args: SampleArguments, data_args: data.DataArguments) -> list[Path]:
         written.append(folder / "samples.png")
         pictures = processor.decode(tokens)
         if classes:
-            names = [(config.id2label or {}).get(number, str(number)) for number in classes]
+            names = [class_names(config)[number] for number in classes]
             by_class = [pictures[start : start + num_images] for start in range(0, len(pictures), num_images)]
             save_picture(plots.class_picture(names, by_class), written[-1])
         else:

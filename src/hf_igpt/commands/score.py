@@ -44,6 +44,7 @@ from ..evaluation.records import (
 )
 from ..features_imagegpt import attention_of_tokens
 from ..image_processing_imagegpt import AnyImageProcessor
+from ..inputs_imagegpt import class_names
 from ..modeling_imagegpt import ImageGPTForCausalImageModeling
 from ..reporting import plots
 from .arguments import ScoreArguments
@@ -148,12 +149,6 @@ def score(args: ScoreArguments, data_args: DataArguments) -> list[Record]:
     print_scores(sets, records, config.n_class_tokens > 0)
     print(f"Wrote {', '.join([*tables, *pictures])} and {SCORE} to {folder}")
     return records
-
-
-def class_names(config: ImageGPTConfig) -> list[str]:
-    """The names of the classes that a model can be told, by their numbers."""
-    names = [str(name) for name in (config.id2label or {}).values()]
-    return names if len(names) == config.n_class_tokens else [str(number) for number in range(config.n_class_tokens)]
 
 
 def known_classes(images: ImageSet, names: list[str]) -> tuple[np.ndarray, np.ndarray]:

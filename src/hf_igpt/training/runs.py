@@ -25,6 +25,7 @@ from ..configuration_imagegpt import ImageGPTConfig
 from ..data import ImageTokens, TrainingImages, read_processor
 from ..evaluation.records import RECORDS, RUN, UNITS, Record, fields_of_model, find_size, whole_file
 from ..image_processing_imagegpt import AnyImageProcessor
+from ..inputs_imagegpt import class_names
 from ..modeling_imagegpt import (
     GENERATIVE_MODELS,
     ImageGPTForImageClassification,
@@ -193,7 +194,7 @@ def build_model(
     """
     config = load_config(model_args, args.objective)
     if config is None:
-        overrides = {"n_class_tokens": len(classes), **name_classes(classes)} if classes else {}
+        overrides = {"n_class_tokens": len(classes), **fields_of_classes(classes)} if classes else {}
         config = new_config(model_args, args, processor, **overrides)
         model = GENERATIVE_MODELS[config.objective]._from_config(config, **model_args.attention())
     else:
@@ -202,7 +203,7 @@ def build_model(
         )
         if classes and config.objective == "masked":
             raise ValueError(f"--class_conditional is for causal models; {model_args.model_name_or_path} is masked.")
-        known = list((model.config.id2label or {}).values()) if model.config.n_class_tokens else []
+        known = class_names(model.config)
         if known and known != list(classes):
             given = f"the images have {summarize_names([*classes])}" if classes else "--class_conditional is not given"
             raise ValueError(f"{model_args.model_name_or_path} draws {summarize_names(known)}; {given}: give the same.")
@@ -240,11 +241,11 @@ def set_classes(model: ImageGPTPreTrainedModel, classes: Sequence[str]) -> None:
     )
     backbone.set_input_embeddings(table)
     config.n_class_tokens = len(classes)
-    for name, value in name_classes(classes).items() if classes else ():
+    for name, value in fields_of_classes(classes).items() if classes else ():
         setattr(config, name, value)
 
 
-def name_classes(classes: Sequence[str]) -> dict[str, Any]:
+def fields_of_classes(classes: Sequence[str]) -> dict[str, Any]:
     """Return the fields of a configuration that hold the names of classes."""
     return {"id2label": dict(enumerate(classes)), "label2id": {name: index for index, name in enumerate(classes)}}
 
@@ -323,7 +324,7 @@ def summarize_names(names: list[str]) -> str:
 def _head_fields(args: FinetuningArguments, objective: str, classes: list[str]) -> dict[str, Any]:
     """Return the fields that a classifier's configuration has in addition to those of a pretrained model."""
     return {
-        **name_classes(classes),
+        **fields_of_classes(classes),
         "sos_inputs": objective == "causal" and args.classifier_inputs == "sos",
         "generative_loss_weight": args.generative_loss_weight,
     }
